@@ -1,0 +1,82 @@
+// Package attach makes local block devices out of servers: it asks the kernel for a
+// device whose requests arrive at file descriptors, and hands those to whoever
+// serves them. It never sees an image.
+//
+//   - nbd: the kernel's nbd driver, configured by generic netlink; requests arrive in
+//     NBD's transmission phase on socket pairs.
+//   - fuse: a FUSE file system of one file, with a loop device in direct-I/O mode on
+//     top, for kernels without nbd.
+//
+// A transport's descriptors outlive the process that serves them: when it dies,
+// Recover hands new or kept descriptors to its successor, and the kernel resends what
+// was unanswered. Applications see a pause, never an error.
+package attach
+
+import (
+	"context"
+	"os"
+)
+
+// Spec is the device to make.
+type Spec struct {
+	ID           string // unique on the node: the volume's handle; recorded in the kernel where it can be
+	SizeBytes    int64  // a multiple of BlockBytes
+	BlockBytes   int    // logical block size: 512 or 4096
+	ClusterBytes int64  // granularity for discard; 0 if unknown
+	ReadOnly     bool
+	CanDiscard   bool
+	CanZero      bool
+}
+
+// State is all it takes to recover, resize or detach a device, by this process or a
+// later one. It is persisted as JSON before the kernel is asked for anything that
+// would have to be undone.
+type State struct {
+	Spec
+	Transport string `json:"transport"`       // Transport.Name
+	Device    string `json:"device"`          // "/dev/nbd1024", "/dev/loop8"; "" while attaching
+	Index     int    `json:"index,omitempty"` // nbd: the device's index; fuse: the loop device's
+	Conns     int    `json:"conns,omitempty"` // nbd: connections, fixed for the device's life
+	Mount     string `json:"mount,omitempty"` // fuse: mount point of the one-file file system
+}
+
+// Hooks are what a transport needs of its caller.
+type Hooks struct {
+	// Serve hands the server's ends of the transport to the process that serves
+	// the device and returns once it is serving them. The files stay the
+	// transport's. Protocol is "nbd" (transmission phase, one stream socket per
+	// connection) or "fuse" (one /dev/fuse descriptor; see ServeFUSE).
+	Serve func(ctx context.Context, protocol string, files []*os.File) error
+	// Persist makes the state durable for this boot.
+	Persist func(State) error
+}
+
+// Transport makes devices of one kind. Methods are safe for concurrent use for
+// different IDs. They return block's sentinels; waiting stops when ctx ends.
+type Transport interface {
+	// Name is "nbd" or "fuse".
+	Name() string
+	// Probe returns nil when the transport works on this node, else one sentence
+	// that says what is missing and how to get it. It may load a kernel module.
+	Probe(ctx context.Context) error
+	// Attach makes the device. On an error nothing is left behind.
+	Attach(ctx context.Context, spec Spec, hooks Hooks) (State, error)
+	// Adopt takes over a device attached by an earlier process of ours, with the
+	// descriptors its server holds (none if the server is gone too). It returns
+	// block.ErrNotFound when the kernel no longer has the device, or has another
+	// one's under its name.
+	Adopt(ctx context.Context, st State, files []*os.File) error
+	// Recover gives a device whose server died to a new one. In-flight requests
+	// are answered by the new server. The caller has made sure that the old
+	// server is gone.
+	Recover(ctx context.Context, st State, hooks Hooks) error
+	// Resize tells the kernel a new size, live.
+	Resize(ctx context.Context, st State, sizeBytes int64) (State, error)
+	// Detach removes the device: its caches are flushed, then the kernel's object
+	// is gone. A device in use is block.ErrBusy, naming the holders it can find.
+	// A device that is gone already is success.
+	Detach(ctx context.Context, st State) error
+	// Abort removes the device whatever its users or server do; requests in
+	// flight fail. A device that is gone already is success.
+	Abort(ctx context.Context, st State) error
+}
