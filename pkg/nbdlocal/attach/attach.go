@@ -37,7 +37,9 @@ type State struct {
 	Device    string `json:"device"`          // "/dev/nbd1024", "/dev/loop8"; "" while attaching
 	Index     int    `json:"index,omitempty"` // nbd: the device's index; fuse: the loop device's
 	Conns     int    `json:"conns,omitempty"` // nbd: connections, fixed for the device's life
-	Mount     string `json:"mount,omitempty"` // fuse: mount point of the one-file file system
+	// Connection is fuse's number for the one-file file system, which has no mount
+	// point: it is what Abort aborts.
+	Connection uint32 `json:"connection,omitempty"`
 }
 
 // Hooks are what a transport needs of its caller.

@@ -1,0 +1,23 @@
+package attach_test
+
+import (
+	"testing"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach/attachtest"
+)
+
+func TestMain(m *testing.M) { attachtest.Main(m) }
+
+func TestFUSE(t *testing.T) {
+	testenv.Root(t)
+	if err := attach.NewFUSE().Probe(t.Context()); err != nil {
+		t.Skip(err)
+	}
+	kills := 20
+	if testing.Short() {
+		kills = 3
+	}
+	attachtest.Run(t, attachtest.Config{Transport: "fuse", Kills: kills})
+}

@@ -1,0 +1,340 @@
+package attach
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"math"
+	"net/url"
+	"os"
+	"os/exec"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+)
+
+// fuseTransport makes a loop device over the one file of a FUSE file system.
+//
+// What keeps a device alive, each thing by the one before it: the loop device holds
+// the open file, that holds the file system (which has no mount point), and the file
+// system the connection, as long as anybody holds a descriptor for it. The server
+// holds one to serve requests, and the transport another: so when the server is
+// killed, the connection waits, and the transport has the kernel resend what the old
+// server had taken and not answered before it gives the descriptor to the next one.
+// When both are gone the connection is dead, which only a holder outside can prevent.
+//
+// A device is recognised by the name of its file, which the loop device shows.
+type fuseTransport struct {
+	mu   sync.Mutex
+	held map[string]*os.File // by ID: our /dev/fuse descriptors
+}
+
+// NewFUSE returns the fuse transport. It needs root, /dev/fuse, loop devices and
+// Linux 6.9.
+func NewFUSE() Transport {
+	return &fuseTransport{held: map[string]*os.File{}}
+}
+
+func (*fuseTransport) Name() string { return "fuse" }
+
+// Probe makes a connection and reads in the kernel's first request what it can do.
+func (*fuseTransport) Probe(ctx context.Context) error {
+	for path, module := range map[string]string{"/dev/fuse": "fuse", "/dev/loop-control": "loop"} {
+		if _, err := os.Stat(path); err != nil {
+			_ = exec.CommandContext(ctx, "modprobe", module).Run() // the next look tells
+		}
+		if _, err := os.Stat(path); err != nil {
+			return fmt.Errorf("%s is missing: load the kernel module %q, and give this process the host's /dev: %w", path, module, block.ErrUnsupported)
+		}
+	}
+	m, err := mountFUSE()
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
+		return fmt.Errorf("mounting FUSE is not permitted: run this as root with CAP_SYS_ADMIN: %w (%w)", block.ErrUnsupported, err)
+	}
+	if err != nil {
+		return err
+	}
+	defer m.close()
+	req := make([]byte, 2*4096) // the least the kernel accepts
+	fd, err := dupDescriptor(m.dev)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	n, err := unix.Read(fd, req)
+	if err != nil {
+		return fmt.Errorf("fuse: read the kernel's first request: %w", err)
+	}
+	return checkFUSEInit(req[:n])
+}
+
+// checkFUSEInit says whether the kernel that sent this INIT has all we need.
+func checkFUSEInit(req []byte) error {
+	if len(req) < fuseInHeaderBytes+initInFlags2+4 || order.Uint32(req[inOpcode:]) != fuseInit {
+		return fmt.Errorf("fuse: the kernel's first request is not INIT: %w", block.ErrUnsupported)
+	}
+	in := req[fuseInHeaderBytes:]
+	major, minor := order.Uint32(in[initInMajor:]), order.Uint32(in[initInMinor:])
+	if major != fuseMajor || minor < fuseMinor || order.Uint32(in[initInFlags2:])&initFlags2HasResend == 0 {
+		return fmt.Errorf("this kernel's FUSE (protocol %d.%d) can't resend requests after a server's crash: Linux 6.9 (protocol 7.40) or newer is needed: %w", major, minor, block.ErrUnsupported)
+	}
+	return nil
+}
+
+// fuseFileName is the name of the device's file: the ID for people, a hash of it for
+// certainty.
+func fuseFileName(id string) string {
+	const most = 120 // of the 255 bytes a name may have
+	readable := url.PathEscape(id)
+	hash := sha256.Sum256([]byte(id))
+	return fmt.Sprintf("%s.imgdisk-%x", readable[:min(len(readable), most)], hash[:12])
+}
+
+// fuseLoop returns the loop device of the ID.
+func fuseLoop(id string) (index int, ok bool) { return findLoop("/" + fuseFileName(id)) }
+
+func (t *fuseTransport) Attach(ctx context.Context, spec Spec, hooks Hooks) (State, error) {
+	if err := checkSpec(spec); err != nil {
+		return State{}, err
+	}
+	if index, ok := fuseLoop(spec.ID); ok {
+		return State{}, fmt.Errorf("attach %s: %w as %s", spec.ID, block.ErrExists, loopPath(index))
+	}
+	m, err := mountFUSE()
+	if err != nil {
+		return State{}, fmt.Errorf("attach %s: %w", spec.ID, err)
+	}
+	defer m.close()
+	// What waits for the server below ends when the connection does, and that is
+	// made to end with ctx.
+	ended := context.AfterFunc(ctx, m.abort)
+	st := State{Spec: spec, Transport: t.Name(), Connection: m.connection}
+	err = t.attach(ctx, &st, m, hooks)
+	if !ended() && err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		m.abort()
+		if st.Device != "" {
+			err = errors.Join(err, abandonLoop(st.Index))
+		}
+		return State{}, fmt.Errorf("attach %s: %w", spec.ID, err)
+	}
+	t.hold(spec.ID, m.dev)
+	m.dev = nil
+	return st, nil
+}
+
+func (t *fuseTransport) attach(ctx context.Context, st *State, m *fuseMount, hooks Hooks) error {
+	// Nothing but the loop device, which is found by its name, outlives this process.
+	if err := hooks.Persist(*st); err != nil {
+		return err
+	}
+	if err := hooks.Serve(ctx, t.Name(), []*os.File{m.dev}); err != nil {
+		return err
+	}
+	file, err := m.open(fuseFileName(st.ID), st.ReadOnly)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	index, err := configureLoop(file, st.Spec)
+	if err != nil {
+		return err
+	}
+	st.Index, st.Device = index, loopPath(index)
+	if got, err := deviceBytes(loopName(index)); err != nil || got != st.SizeBytes {
+		return fmt.Errorf("%s has %d bytes, its server should offer %d: %w", st.Device, got, st.SizeBytes, errors.Join(err, block.ErrInvalid))
+	}
+	if !st.CanZero {
+		// The loop device asks for discards and for zeroes with the same request,
+		// and only one that has to zero is safe. Where that is as dear as writing,
+		// discarding would cost space rather than give it back.
+		if err := setQueue(loopName(index), "discard_max_bytes", 0); err != nil {
+			return err
+		}
+	}
+	return hooks.Persist(*st)
+}
+
+// hold keeps dev as the ID's descriptor, for as long as the device lives.
+func (t *fuseTransport) hold(id string, dev *os.File) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if old := t.held[id]; old != nil {
+		old.Close()
+	}
+	t.held[id] = dev
+}
+
+func (t *fuseTransport) release(id string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if old := t.held[id]; old != nil {
+		old.Close()
+	}
+	delete(t.held, id)
+}
+
+// connection returns the ID's descriptor if its device is still there.
+func (t *fuseTransport) connection(st State) (*os.File, error) {
+	t.mu.Lock()
+	dev := t.held[st.ID]
+	t.mu.Unlock()
+	index, ok := fuseLoop(st.ID)
+	switch {
+	case !ok || index != st.Index || st.Device == "":
+		return nil, fmt.Errorf("fuse: no loop device for %s: %w", st.ID, block.ErrNotFound)
+	case dev == nil:
+		return nil, fmt.Errorf("fuse: no descriptor for the connection of %s: %w", st.Device, block.ErrNotFound)
+	case !fuseAlive(dev):
+		return nil, fmt.Errorf("fuse: the connection of %s has ended: %w", st.Device, block.ErrNotFound)
+	}
+	return dev, nil
+}
+
+// Adopt removes the device, and returns ErrNotFound, if there is no descriptor: with
+// the last one the connection died, and every request since has failed.
+func (t *fuseTransport) Adopt(_ context.Context, st State, files []*os.File) error {
+	index, ok := fuseLoop(st.ID)
+	if !ok || index != st.Index || st.Device == "" {
+		return fmt.Errorf("adopt %s: no loop device: %w", st.ID, block.ErrNotFound)
+	}
+	for _, f := range files {
+		fd, err := dupDescriptor(f)
+		if err != nil {
+			return fmt.Errorf("adopt %s: %w", st.ID, err)
+		}
+		dev := os.NewFile(uintptr(fd), "/dev/fuse")
+		if fuseAlive(dev) {
+			t.hold(st.ID, dev)
+			return nil
+		}
+		dev.Close()
+	}
+	err := abandonLoop(index)
+	return fmt.Errorf("adopt %s: the connection of %s died with its last descriptor: %w", st.ID, st.Device, errors.Join(block.ErrNotFound, err))
+}
+
+func (t *fuseTransport) Recover(ctx context.Context, st State, hooks Hooks) error {
+	dev, err := t.connection(st)
+	if err != nil {
+		return fmt.Errorf("recover %s: %w", st.ID, err)
+	}
+	// Before the new server takes requests: those that it had taken would come twice.
+	if err := notifyFUSE(dev, notifyResend, nil); err != nil {
+		return fmt.Errorf("recover %s: %w", st.ID, err)
+	}
+	if err := hooks.Serve(ctx, t.Name(), []*os.File{dev}); err != nil {
+		return fmt.Errorf("recover %s: %w", st.ID, err)
+	}
+	return nil
+}
+
+// Resize only grows. The server's device must have grown already.
+func (t *fuseTransport) Resize(ctx context.Context, st State, sizeBytes int64) (State, error) {
+	if err := checkSize(st.Spec, sizeBytes); err != nil {
+		return st, err
+	}
+	if sizeBytes < st.SizeBytes {
+		return st, fmt.Errorf("resize %s: %d bytes: %w: a device can only grow, it has %d", st.ID, sizeBytes, block.ErrInvalid, st.SizeBytes)
+	}
+	dev, err := t.connection(st)
+	if err != nil {
+		return st, fmt.Errorf("resize %s: %w", st.ID, err)
+	}
+	forget := make([]byte, invalInodeBytes)
+	order.PutUint64(forget[invalInodeIno:], fuseFileNode)
+	order.PutUint64(forget[invalInodeOff:], math.MaxUint64)
+	if err := notifyFUSE(dev, notifyInvalInode, forget); err != nil {
+		return st, fmt.Errorf("resize %s: %w", st.ID, err)
+	}
+	grown := make(chan error, 1) // growing waits for the server
+	go func() { grown <- growLoop(st.Index) }()
+	select {
+	case err = <-grown:
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	if err != nil {
+		return st, fmt.Errorf("resize %s: %w", st.ID, err)
+	}
+	if got, err := deviceBytes(loopName(st.Index)); err != nil || got != sizeBytes {
+		return st, fmt.Errorf("resize %s: %s has %d bytes, its server should offer %d: %w", st.ID, st.Device, got, sizeBytes, errors.Join(err, block.ErrInvalid))
+	}
+	st.SizeBytes = sizeBytes
+	return st, nil
+}
+
+func (t *fuseTransport) Detach(ctx context.Context, st State) error {
+	index, ok := fuseLoop(st.ID)
+	if !ok {
+		t.release(st.ID)
+		return nil
+	}
+	if err := t.detach(ctx, index); err != nil {
+		return fmt.Errorf("detach %s: %w", st.ID, err)
+	}
+	if err := t.awaitGone(ctx, st.ID); err != nil {
+		return fmt.Errorf("detach %s: %w", st.ID, err)
+	}
+	t.release(st.ID)
+	return nil
+}
+
+// detach flushes and unbinds the loop device, if nobody else uses it.
+func (t *fuseTransport) detach(ctx context.Context, index int) error {
+	fd, err := openExclusive(ctx, loopName(index))
+	if err != nil {
+		return err
+	}
+	if err := flushDevice(ctx, fd, loopName(index)); err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	err = poll(ctx, probeGrace, func() (bool, error) { return clearLoop(fd, index) })
+	if errors.Is(err, errPollTimeout) {
+		return busyError(loopName(index))
+	}
+	return err
+}
+
+// awaitGone waits until the loop device has let go of the file, and the file system
+// of its connection.
+func (t *fuseTransport) awaitGone(ctx context.Context, id string) error {
+	t.mu.Lock()
+	dev := t.held[id]
+	t.mu.Unlock()
+	err := poll(ctx, time.Minute, func() (bool, error) {
+		_, bound := fuseLoop(id)
+		return !bound && (dev == nil || !fuseAlive(dev)), nil
+	})
+	if errors.Is(err, errPollTimeout) {
+		return fmt.Errorf("the kernel has not let go of the device after a minute: %w", block.ErrBusy)
+	}
+	return err
+}
+
+// Abort returns while somebody may still have the loop device open: it is unbound
+// with the last close, and until then fails every request.
+func (t *fuseTransport) Abort(_ context.Context, st State) error {
+	defer t.release(st.ID)
+	index, ok := fuseLoop(st.ID)
+	if !ok {
+		return nil
+	}
+	// While the loop device exists the connection's number is not another's.
+	var errs []error
+	if err := abortFUSE(st.Connection); err != nil && !errors.Is(err, block.ErrNotFound) {
+		errs = append(errs, err)
+	}
+	errs = append(errs, abandonLoop(index))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("abort %s: %w", st.ID, err)
+	}
+	return nil
+}

@@ -1,0 +1,243 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+)
+
+func loopPath(index int) string { return fmt.Sprintf("/dev/loop%d", index) }
+func loopName(index int) string { return fmt.Sprintf("loop%d", index) }
+
+// loopBacking returns what the kernel shows as the loop device's backing file, "" if
+// it has none.
+func loopBacking(index int) string {
+	b, err := os.ReadFile(fmt.Sprintf("/sys/block/loop%d/loop/backing_file", index))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSuffix(string(b), "\n")
+}
+
+// findLoop returns the loop device with this backing file.
+func findLoop(backing string) (index int, ok bool) {
+	paths, _ := filepath.Glob("/sys/block/loop*/loop")
+	for _, p := range paths {
+		index, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(filepath.Dir(p)), "loop"))
+		if err == nil && loopBacking(index) == backing {
+			return index, true
+		}
+	}
+	return 0, false
+}
+
+// configureLoop binds file to a free loop device, in direct-I/O mode.
+func configureLoop(file *os.File, spec Spec) (index int, err error) {
+	control, err := unix.Open("/dev/loop-control", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("loop: open /dev/loop-control: %w", err)
+	}
+	defer unix.Close(control)
+	config := unix.LoopConfig{Fd: uint32(file.Fd()), Size: uint32(spec.BlockBytes)}
+	config.Info.Flags = unix.LO_FLAGS_DIRECT_IO
+	if spec.ReadOnly {
+		config.Info.Flags |= unix.LO_FLAGS_READ_ONLY
+	}
+	copy(config.Info.File_name[:unix.LO_NAME_SIZE-1], file.Name())
+	for range 64 {
+		index, err = unix.IoctlRetInt(control, unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			return 0, fmt.Errorf("loop: get a free device: %w", err)
+		}
+		err = bindLoop(index, &config)
+		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENXIO) && !errors.Is(err, unix.ENOENT) {
+			break // else another process was faster, with this one or its removal
+		}
+	}
+	return index, err
+}
+
+func bindLoop(index int, config *unix.LoopConfig) error {
+	flags := unix.O_RDWR
+	if config.Info.Flags&unix.LO_FLAGS_READ_ONLY != 0 {
+		flags = unix.O_RDONLY
+	}
+	fd, err := unix.Open(loopPath(index), flags|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("loop: open %s: %w", loopPath(index), err)
+	}
+	defer unix.Close(fd)
+	if err := unix.IoctlLoopConfigure(fd, config); err != nil {
+		return fmt.Errorf("loop: configure %s: %w", loopPath(index), err)
+	}
+	return nil
+}
+
+// growLoop makes the loop device as large as its backing file has become. Asking for
+// the status makes the kernel ask the file for its attributes.
+func growLoop(index int) error {
+	fd, err := unix.Open(loopPath(index), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("loop: open %s: %w", loopPath(index), err)
+	}
+	defer unix.Close(fd)
+	if _, err := unix.IoctlLoopGetStatus64(fd); err != nil {
+		return fmt.Errorf("loop: get status of %s: %w", loopPath(index), err)
+	}
+	if err := unix.IoctlSetInt(fd, unix.LOOP_SET_CAPACITY, 0); err != nil {
+		return fmt.Errorf("loop: set capacity of %s: %w", loopPath(index), err)
+	}
+	return nil
+}
+
+// clearLoop unbinds a loop device, if nobody else has it open; else it stays as it
+// was. fd is an open descriptor of the device, which is unbound at the latest when
+// that is closed.
+func clearLoop(fd, index int) (cleared bool, err error) {
+	// The kernel unbinds a device at once only for its sole opener; for others it
+	// notes that the last to close it shall. That note tells which it was, and can
+	// be withdrawn.
+	if err := unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0); err != nil {
+		if err == unix.ENXIO {
+			return true, nil
+		}
+		return false, fmt.Errorf("loop: clear %s: %w", loopPath(index), err)
+	}
+	info, err := unix.IoctlLoopGetStatus64(fd)
+	if err != nil || info.Flags&unix.LO_FLAGS_AUTOCLEAR == 0 {
+		return true, nil
+	}
+	info.Flags &^= unix.LO_FLAGS_AUTOCLEAR
+	if err := unix.IoctlLoopSetStatus64(fd, info); err != nil {
+		return false, fmt.Errorf("loop: keep %s bound: %w", loopPath(index), err)
+	}
+	return false, nil
+}
+
+// abandonLoop unbinds a loop device whoever has it open: at the last close.
+func abandonLoop(index int) error {
+	fd, err := unix.Open(loopPath(index), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("loop: open %s: %w", loopPath(index), err)
+	}
+	defer unix.Close(fd)
+	if err := unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0); err != nil && err != unix.ENXIO {
+		return fmt.Errorf("loop: clear %s: %w", loopPath(index), err)
+	}
+	return nil
+}
+
+// openExclusive opens a block device for detaching it: it fails with ErrBusy when the
+// device is mounted, or part of another device. Something that merely probes it, as
+// udev does, is given a moment.
+func openExclusive(ctx context.Context, name string) (int, error) {
+	// Read-only: closing a descriptor that could write makes udev probe the device.
+	fd := -1
+	err := poll(ctx, probeGrace, func() (bool, error) {
+		var err error
+		fd, err = unix.Open("/dev/"+name, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
+		if err != nil && err != unix.EBUSY {
+			return false, fmt.Errorf("open /dev/%s: %w", name, err)
+		}
+		return err == nil, nil
+	})
+	if errors.Is(err, errPollTimeout) {
+		return -1, busyError(name)
+	}
+	return fd, err
+}
+
+// flushDevice writes a block device's caches to its server. It ends with ctx, though
+// the flush itself goes on; fd is the callee's then.
+func flushDevice(ctx context.Context, fd int, name string) error {
+	done := make(chan error, 1)
+	go func() { done <- unix.Fsync(fd) }()
+	select {
+	case err := <-done:
+		if err != nil {
+			unix.Close(fd)
+			return fmt.Errorf("flush /dev/%s: %w", name, err)
+		}
+		return nil
+	case <-ctx.Done():
+		go func() { <-done; unix.Close(fd) }()
+		return fmt.Errorf("flush /dev/%s: %w", name, ctx.Err())
+	}
+}
+
+// deviceBytes returns the size of a block device.
+func deviceBytes(name string) (int64, error) {
+	b, err := os.ReadFile("/sys/block/" + name + "/size")
+	if err != nil {
+		return 0, err
+	}
+	sectors, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("/sys/block/%s/size: %w", name, err)
+	}
+	return sectors * 512, nil
+}
+
+// setQueue sets an attribute of a device's request queue.
+func setQueue(name, attribute string, value int64) error {
+	path := "/sys/block/" + name + "/queue/" + attribute
+	if err := os.WriteFile(path, strconv.AppendInt(nil, value, 10), 0); err != nil {
+		return fmt.Errorf("set %d: %w", value, err) // the error names the path
+	}
+	return nil
+}
+
+const (
+	pollInterval = 10 * time.Millisecond
+	// probeGrace is how long something that opens devices as they come and go may
+	// take with one.
+	probeGrace = time.Second
+)
+
+var errPollTimeout = errors.New("timed out")
+
+// poll calls try until it returns true or an error, for at most the limit.
+func poll(ctx context.Context, limit time.Duration, try func() (bool, error)) error {
+	deadline := time.Now().Add(limit)
+	for {
+		ok, err := try()
+		if ok || err != nil {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return errPollTimeout
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pollInterval):
+		}
+	}
+}
+
+// checkSpec returns an ErrInvalid that names what in the spec no transport could do.
+func checkSpec(spec Spec) error {
+	switch {
+	case spec.ID == "":
+		return fmt.Errorf("attach: ID is empty: %w", block.ErrInvalid)
+	case spec.BlockBytes != 512 && spec.BlockBytes != 4096:
+		return fmt.Errorf("attach %s: block size %d: %w: 512 and 4096 are accepted", spec.ID, spec.BlockBytes, block.ErrInvalid)
+	}
+	return checkSize(spec, spec.SizeBytes)
+}
+
+func checkSize(spec Spec, sizeBytes int64) error {
+	if sizeBytes <= 0 || sizeBytes%int64(spec.BlockBytes) != 0 {
+		return fmt.Errorf("attach %s: size %d: %w: a positive multiple of %d is accepted", spec.ID, sizeBytes, block.ErrInvalid, spec.BlockBytes)
+	}
+	return nil
+}
