@@ -67,6 +67,7 @@ var _ FS = (*Mem)(nil)
 type memNode struct {
 	// For a directory: what is in it, and what is certain to be in it after a crash.
 	entries, synced map[string]*memNode
+	parent          *memNode // the directory it is in, or was in last; nil for the root
 
 	data    *memData // for a file, nil for a directory
 	modTime time.Time
@@ -121,6 +122,7 @@ func cloneNode(n *memNode, copied map[*memNode]*memNode) *memNode {
 	}
 	c := &memNode{modTime: n.modTime, linked: n.linked}
 	copied[n] = c
+	c.parent = cloneNode(n.parent, copied)
 	if n.data != nil {
 		c.data = n.data.clone()
 		return c
@@ -204,7 +206,9 @@ func crashNode(n *memNode, tree *nameTree, r *rand.Rand, next func() fate) *memN
 	left.modTime, left.linked = n.modTime, true
 	entries := tree.entries(n)
 	for _, name := range slices.Sorted(maps.Keys(entries)) {
-		left.entries[name] = crashNode(entries[name], tree, r, next)
+		child := crashNode(entries[name], tree, r, next)
+		child.parent = left
+		left.entries[name] = child
 	}
 	left.synced = maps.Clone(left.entries)
 	return left

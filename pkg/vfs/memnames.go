@@ -20,6 +20,9 @@ func (p place) node() *memNode { return p.dir.entries[p.name] }
 type nameChange struct {
 	node     *memNode
 	from, to place
+	replaced *memNode // what had the name to, if anything
+	// above is, for a move to another directory, that directory and those it lies in.
+	above []*memNode
 }
 
 func (ch nameChange) isRemoval() bool { return ch.to.dir == nil }
@@ -30,18 +33,37 @@ func (ch nameChange) in(dir *memNode) bool { return ch.from.dir == dir || ch.to.
 
 // mapNodes returns ch with every node replaced.
 func (ch nameChange) mapNodes(f func(*memNode) *memNode) nameChange {
-	return nameChange{f(ch.node), place{f(ch.from.dir), ch.from.name}, place{f(ch.to.dir), ch.to.name}}
+	mapped := nameChange{node: f(ch.node), from: place{f(ch.from.dir), ch.from.name}, to: place{f(ch.to.dir), ch.to.name}, replaced: f(ch.replaced)}
+	for _, n := range ch.above {
+		mapped.above = append(mapped.above, f(n))
+	}
+	return mapped
 }
 
 // change applies ch to the live directories and remembers it as not yet durable.
 func (m *Mem) change(ch nameChange) {
+	if ch.isMove() {
+		ch.above = append(m.parents(ch.to.dir), ch.to.dir)
+	}
 	if ch.from.dir != nil {
 		delete(ch.from.dir.entries, ch.from.name)
 	}
 	if ch.to.dir != nil {
+		ch.replaced = ch.to.node()
 		ch.to.dir.entries[ch.to.name] = ch.node
+		ch.node.parent = ch.to.dir
 	}
 	m.changes = append(m.changes, ch)
+}
+
+// parents returns the directories that dir lies in.
+func (m *Mem) parents(dir *memNode) []*memNode {
+	var list []*memNode
+	for dir != m.root {
+		dir = dir.parent
+		list = append(list, dir)
+	}
+	return list
 }
 
 // nameTree is a state of all directories: the synced one, with changes on top.
@@ -74,12 +96,8 @@ func (t *nameTree) apply(ch nameChange) (applied bool) {
 		if len(t.entries(ch.node)) > 0 {
 			return false
 		}
-	} else {
-		there := t.entries(ch.to.dir)[ch.to.name]
-		replaces := ch.from.dir != nil && there != nil && there.data != nil
-		if there != nil && !replaces {
-			return false
-		}
+	} else if there := t.entries(ch.to.dir)[ch.to.name]; there != nil && there != ch.replaced {
+		return false
 	}
 	if ch.isMove() && (!t.has(t.root, ch.to.dir) || t.has(ch.node, ch.to.dir)) {
 		return false // it would vanish from the tree
@@ -153,7 +171,7 @@ type needs struct {
 	nodes   map[*memNode]bool // what was moved must have got to where it was
 	places  map[place]bool    // what was there must have gone
 	emptied map[*memNode]bool // a directory removed must have become empty
-	reached map[*memNode]bool // a directory moved into must be in the tree
+	reached map[*memNode]bool // directories around a place moved to must have got there
 }
 
 // include reports whether one of the changes builds on ch.
@@ -173,7 +191,7 @@ func (n needs) add(ch nameChange) {
 	if ch.isRemoval() && ch.node.data == nil {
 		n.emptied[ch.node] = true
 	}
-	if ch.to.dir != nil && (ch.isMove() || n.reached[ch.node]) {
-		n.reached[ch.to.dir] = true
+	for _, dir := range ch.above {
+		n.reached[dir] = true
 	}
 }
