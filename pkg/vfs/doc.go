@@ -18,7 +18,34 @@
 //
 // # Errors
 //
-// Missing and existing files give fs.ErrNotExist and fs.ErrExist. A conflicting
-// lock gives block.ErrLocked. What the file system below cannot do gives
-// errors.ErrUnsupported.
+// Missing and existing names give fs.ErrNotExist and fs.ErrExist; a directory at the new
+// name of a rename is fs.ErrExist, too. Negative ranges, names and files that are not
+// accepted, and links out of the root give fs.ErrInvalid. Changing a file opened
+// ReadOnly gives block.ErrReadOnly, using a closed one fs.ErrClosed. A conflicting lock
+// gives block.ErrLocked. What the file system below cannot do gives
+// errors.ErrUnsupported. A full store gives syscall.ENOSPC or EDQUOT, and a write may
+// have been done in part; block.Errno knows them. A [Dir]'s errors name host paths.
+//
+// # Locks
+//
+// A [Dir] locks the bytes that QEMU 2.10 and later lock: a byte each for "I read", "I
+// write", "I resize" from 100 on, and for "nobody else may" from 200 on. QEMU's
+// read-only users of raw images, among them qemu-img info, let others write and so are
+// not excluded; a user who gives --force-share is not either.
+//
+// # Tests
+//
+// Package vfstest is the conformance suite that all implementations pass. [Mem] says
+// exactly what a crash can leave. A sweep over all failures or crashes is a loop:
+//
+//	for n := uint64(0); ; n++ {
+//		m, reached := newMem(), false
+//		run(Inject(m, If(Changing, CrashPoint(n, func() {
+//			reached = true
+//			check(m.Crash(rand))
+//		}))))
+//		if !reached {
+//			break
+//		}
+//	}
 package vfs

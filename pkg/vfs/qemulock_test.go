@@ -88,8 +88,9 @@ func TestDirLock_SeenByQemuRaw(t *testing.T) {
 // startQemuNBD serves the image until the test ends.
 func startQemuNBD(t *testing.T, image, format string, args ...string) (stop func()) {
 	t.Helper()
-	socket := filepath.Join(t.TempDir(), "s")
-	args = append(args, "-f", format, "-k", socket, "--persistent", image)
+	dir := t.TempDir()
+	ready := filepath.Join(dir, "pid") // written once the image is open; the socket is there before
+	args = append(args, "-f", format, "-k", filepath.Join(dir, "socket"), "--pid-file", ready, "--persistent", image)
 	cmd := exec.Command(testenv.Oracle(t, "qemu-nbd"), args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var said strings.Builder
@@ -105,7 +106,7 @@ func startQemuNBD(t *testing.T, image, format string, args ...string) (stop func
 	}
 	t.Cleanup(stop)
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		if _, err := os.Stat(socket); err == nil {
+		if _, err := os.Stat(ready); err == nil {
 			return stop
 		}
 		if time.Now().After(deadline) {

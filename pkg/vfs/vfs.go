@@ -152,5 +152,9 @@ func RelativeLink(base, target string) string {
 	for common < len(dir) && common < len(to)-1 && dir[common] == to[common] {
 		common++
 	}
-	return strings.Repeat("../", len(dir)-common) + strings.Join(to[common:], "/")
+	link := strings.Repeat("../", len(dir)-common) + strings.Join(to[common:], "/")
+	if hasScheme(link) {
+		link = "./" + link // a plain name, here and for QEMU
+	}
+	return link
 }
