@@ -1,21 +1,26 @@
 package supervisor
 
 import (
+	"encoding/json"
+	"fmt"
 	"time"
+	"unicode/utf8"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 )
 
 // AttachRequest asks for a block device.
 type AttachRequest struct {
-	// ID names the attachment: a volume's handle, or an image's path. A second
-	// request with the same ID returns the existing attachment, or block.ErrExists
-	// if its other fields differ.
+	// ID names the attachment: a volume's handle, or an image's path; at most
+	// 1024 bytes. A second request with the same ID returns the existing
+	// attachment, or block.ErrExists if its other fields differ.
 	ID string `json:"id"`
 	// Server is the arguments with which the supervisor's own binary is run to
 	// serve the volume; "--control PATH" is appended. Opaque to the supervisor.
+	// Paths in it must be absolute: a server's working directory is "/".
 	Server []string `json:"server"`
-	// Transport forces one by name; "" takes the first that works here.
+	// Transport forces one by name; "" takes the first that works here. In an
+	// Attachment it is the one in use.
 	Transport string `json:"transport,omitempty"`
 	// ReadOnly makes the device read-only whatever the server's device can do.
 	ReadOnly bool `json:"readOnly,omitempty"`
@@ -25,11 +30,11 @@ type AttachRequest struct {
 type Attachment struct {
 	AttachRequest
 	Phase     Phase     `json:"phase"`
-	Device    string    `json:"device"` // path of the block device
+	Device    string    `json:"device"` // path of the block device; "" if there is none
 	SizeBytes int64     `json:"sizeBytes"`
 	PID       int       `json:"pid"` // of the server; 0 if none runs
 	Since     time.Time `json:"since"`
-	Restarts  int       `json:"restarts"` // of the server
+	Restarts  int       `json:"restarts"` // of the server, by this supervisor
 	// Problem says why the volume is not being served now; "" if it is.
 	Problem string `json:"problem,omitempty"`
 }
@@ -41,7 +46,12 @@ const (
 	Attaching  Phase = "attaching"
 	Serving    Phase = "serving"
 	Recovering Phase = "recovering" // the server died; requests wait
-	Detaching  Phase = "detaching"
+	Detaching  Phase = "detaching"  // with a Problem: closing the image failed; detach again
+	// Lost: the device is gone without a detach, because the kernel dropped it or
+	// because another node owns the volume now; Problem says which. Nothing runs
+	// for it any more. A detach closes the image where that is still due and
+	// forgets the attachment; an attach with the same ID replaces it.
+	Lost Phase = "lost"
 )
 
 // Status describes a supervisor.
@@ -60,9 +70,49 @@ type TransportStatus struct {
 
 // Hello is a server's description of itself and its device.
 type Hello struct {
-	Protocol int        `json:"protocol"`
+	Protocol int        `json:"protocol"` // ServerProtocol
 	PID      int        `json:"pid"`
 	Info     block.Info `json:"info"`
-	// Lost says why the server stopped serving for good (fenced), "" otherwise.
-	Lost string `json:"lost,omitempty"`
+}
+
+// ServerProtocol is the version of the protocol between supervisor and servers. A
+// supervisor adopts servers of earlier builds: hello, files and stop keep their
+// meaning in every version.
+const ServerProtocol = 1
+
+// ServerStats is what a server counts.
+type ServerStats struct {
+	Since   time.Time       `json:"since"`            // when the server opened its device
+	Serving map[string]int  `json:"serving"`          // descriptors by protocol
+	Device  json.RawMessage `json:"device,omitempty"` // of Opened.Stats
+}
+
+const (
+	maxIDBytes     = 1024
+	maxServerBytes = 64 << 10
+)
+
+// validate checks what a client sent.
+func (r AttachRequest) validate() error {
+	if err := validateID(r.ID); err != nil {
+		return err
+	}
+	total := 0
+	for _, arg := range r.Server {
+		total += len(arg)
+	}
+	if len(r.Server) == 0 || total > maxServerBytes {
+		return fmt.Errorf("attach %s: server has %d arguments of %d bytes together, want 1 or more and at most %d bytes: %w",
+			r.ID, len(r.Server), total, maxServerBytes, block.ErrInvalid)
+	}
+	return nil
+}
+
+func validateID(id string) error {
+	// "." and ".." cannot be said in a URL's path.
+	if id == "" || len(id) > maxIDBytes || id == "." || id == ".." || !utf8.ValidString(id) {
+		return fmt.Errorf("attachment id %.80q: want 1 to %d bytes of UTF-8 other than %q and %q: %w",
+			id, maxIDBytes, ".", "..", block.ErrInvalid)
+	}
+	return nil
 }
