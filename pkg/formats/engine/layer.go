@@ -1,0 +1,51 @@
+package engine
+
+import (
+	"errors"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// Layer is an open image: one member of a chain.
+type Layer struct {
+	Name   string     // of the image's main file
+	Format string     // "vmdk"
+	Files  []vfs.File // what Run.File and Span.File index; the first is the main file
+	Tables *Tables    // the codec's view of table sectors in Files
+	Codec  Codec
+	Parent *ParentLink // nil for a base
+
+	// Writable says that the image was opened for writing.
+	Writable bool
+}
+
+// ParentLink is an image's reference to the image it stands on, as far as its own
+// file says it.
+type ParentLink struct {
+	Name   string // file name, resolved within the file system and checked by vfs.Resolve
+	Format string // "" if the image does not say
+	// Verify reports whether parent is the image the child was made on (CID, UUID).
+	Verify func(parent *Layer) error
+}
+
+// NewLayer returns a layer without a codec, for a format's Open to fill: it reads
+// headers from files, makes its codec on the layer's Tables and sets Codec and Parent.
+// The layer owns files from now on.
+func NewLayer(name, format string, files []vfs.File, writable bool) *Layer {
+	return &Layer{
+		Name: name, Format: format, Files: files, Writable: writable,
+		Tables: newTables(files),
+	}
+}
+
+// Close closes the codec and the files. A layer that belongs to a Disk is closed by it.
+func (l *Layer) Close() error {
+	var errs []error
+	if l.Codec != nil {
+		errs = append(errs, l.Codec.Close())
+	}
+	for _, f := range l.Files {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
+}

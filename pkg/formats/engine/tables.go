@@ -1,0 +1,232 @@
+package engine
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// Stage orders table writes within a commit: a Codec's Commit writes one stage, syncs
+// where its format needs that, and writes the next.
+type Stage uint8
+
+const (
+	sectorBytes     = 512
+	pageBytes       = 4096
+	sectorsPerPage  = pageBytes / sectorBytes
+	tableShards     = 16
+	defaultMaxPages = 32 << 20 / pageBytes
+)
+
+// Tables is a codec's view of the table sectors in its files: reads come from a bounded
+// cache, writes stay in memory, are noted in the redo journal, and reach the files in a
+// Commit. Only sectors that hold tables go through it, and every table sector does.
+//
+// View and Read are safe for concurrent use with each other; Write is called alone, as
+// the methods of Codec that change tables are.
+type Tables struct {
+	files    []vfs.File
+	shards   [tableShards]tableShard
+	maxPages int // clean pages kept, over all shards
+
+	dirty    map[pageKey]*page    // changed since the last commit; never evicted
+	record   func(redoRecord)     // the journal, nil without
+	reserve  []bool               // per file: Allocate works
+	reserved map[pageKey]struct{} // pages whose space is known to be allocated
+}
+
+type tableShard struct {
+	mu    sync.RWMutex
+	pages map[pageKey]*page
+}
+
+type pageKey struct {
+	file int
+	off  int64 // of the page
+}
+
+type page struct {
+	data  [pageBytes]byte
+	valid int // bytes that the file had when the page was read; the rest is zero
+	dirty uint8
+	stage [sectorsPerPage]Stage
+	// committing counts commits that hold a copy of this page's sectors not yet in
+	// the file: it must not be evicted, or an old version would be read back.
+	committing int
+}
+
+func newTables(files []vfs.File) *Tables {
+	t := &Tables{
+		files: files, maxPages: defaultMaxPages,
+		dirty: map[pageKey]*page{}, reserve: make([]bool, len(files)), reserved: map[pageKey]struct{}{},
+	}
+	for i := range t.shards {
+		t.shards[i].pages = map[pageKey]*page{}
+	}
+	for i := range t.reserve {
+		t.reserve[i] = true
+	}
+	return t
+}
+
+// View returns the table bytes from off to the end of their cached page: at least one,
+// at most 4096. They must not be changed, and not be used after the Codec method that
+// asked for them returns. Bytes past the end of the file read as zeroes.
+func (t *Tables) View(file int, off int64) ([]byte, error) {
+	key := pageKey{file, off &^ (pageBytes - 1)}
+	p, err := t.page(key)
+	if err != nil {
+		return nil, err
+	}
+	return p.data[off-key.off:], nil
+}
+
+// Read copies len(p) table bytes from off.
+func (t *Tables) Read(file int, off int64, p []byte) error {
+	for len(p) > 0 {
+		b, err := t.View(file, off)
+		if err != nil {
+			return err
+		}
+		n := copy(p, b)
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// Write changes table bytes in memory; stage says when a commit writes the sectors they
+// lie in. A sector belongs to the last stage written to it, so tables of different
+// stages must not share sectors. When it fails, nothing has changed.
+func (t *Tables) Write(stage Stage, file int, off int64, p []byte) error {
+	if err := t.prepare(file, off, int64(len(p))); err != nil {
+		return err
+	}
+	if t.record != nil {
+		t.record(redoRecord{stage: stage, file: file, off: off, data: p})
+	}
+	t.apply(stage, file, off, p)
+	return nil
+}
+
+// prepare loads the pages of a range and makes sure that the file system has space for
+// them, so that a later commit cannot fail for want of it.
+func (t *Tables) prepare(file int, off, n int64) error {
+	for at := off &^ (pageBytes - 1); at < off+n; at += pageBytes {
+		key := pageKey{file, at}
+		if _, err := t.page(key); err != nil {
+			return err
+		}
+		if err := t.reservePage(key); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *Tables) reservePage(key pageKey) error {
+	if _, ok := t.reserved[key]; ok || !t.reserve[key.file] {
+		return nil
+	}
+	f := t.files[key.file]
+	size, err := f.Size()
+	if err != nil {
+		return fmt.Errorf("size of %s: %w", f.Name(), err)
+	}
+	n := min(pageBytes, size-key.off)
+	if n > 0 {
+		err = f.Allocate(key.off, n)
+	}
+	switch {
+	case errors.Is(err, errors.ErrUnsupported):
+		// NFS before 4.2 and SMB: a full store is then noticed by the commit.
+		t.reserve[key.file] = false
+	case err != nil:
+		return fmt.Errorf("reserve table space at %#x of %s: %w", key.off, f.Name(), err)
+	default:
+		t.reserved[key] = struct{}{}
+	}
+	return nil
+}
+
+// apply puts bytes into pages that prepare has loaded.
+func (t *Tables) apply(stage Stage, file int, off int64, p []byte) {
+	for len(p) > 0 {
+		key := pageKey{file, off &^ (pageBytes - 1)}
+		pg := t.cached(key)
+		in := off - key.off
+		n := copy(pg.data[in:], p)
+		for s := in / sectorBytes; s <= (in+int64(n)-1)/sectorBytes; s++ {
+			pg.dirty |= 1 << s
+			pg.stage[s] = stage
+		}
+		pg.valid = max(pg.valid, int(in)+n)
+		t.dirty[key] = pg
+		p, off = p[n:], off+int64(n)
+	}
+}
+
+func (t *Tables) shard(key pageKey) *tableShard {
+	h := uint64(key.off/pageBytes)*0x9e3779b97f4a7c15 + uint64(key.file)
+	return &t.shards[h>>60%tableShards]
+}
+
+func (t *Tables) cached(key pageKey) *page {
+	s := t.shard(key)
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.pages[key]
+}
+
+// page returns a page, from the cache or the file.
+func (t *Tables) page(key pageKey) (*page, error) {
+	if p := t.cached(key); p != nil {
+		return p, nil
+	}
+	p := &page{}
+	f := t.files[key.file]
+	n, err := f.ReadAt(p.data[:], key.off)
+	if err != nil && err != io.EOF {
+		return nil, fmt.Errorf("read table at %#x of %s: %w", key.off, f.Name(), err)
+	}
+	p.valid = n
+	s := t.shard(key)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if other := s.pages[key]; other != nil {
+		return other, nil // read twice at once: both are the same
+	}
+	if len(s.pages) >= t.maxPages/tableShards {
+		s.evict()
+	}
+	s.pages[key] = p
+	return p, nil
+}
+
+// evict drops some clean page: which one is left to the map's order, since tables are
+// either few or read at random.
+func (s *tableShard) evict() {
+	for key, p := range s.pages {
+		if p.dirty == 0 && p.committing == 0 {
+			delete(s.pages, key)
+			return
+		}
+	}
+}
+
+// Forget drops all cached pages, so that later reads see the files. Nothing may be
+// dirty. For a Codec's Grow and Check that changed tables through a Commit's WriteAt.
+func (t *Tables) Forget() {
+	for i := range t.shards {
+		s := &t.shards[i]
+		s.mu.Lock()
+		clear(s.pages)
+		s.mu.Unlock()
+	}
+	clear(t.reserved)
+}
+
+// dirtyBytes returns how much memory holds uncommitted changes.
+func (t *Tables) dirtyBytes() int64 { return int64(len(t.dirty)) * pageBytes }

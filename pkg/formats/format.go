@@ -1,0 +1,90 @@
+package formats
+
+import (
+	"context"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// Format is one on-disk specification. Implementations have no state and are safe for
+// concurrent use.
+type Format interface {
+	// Name is the format's name in qemu-img's words: "raw", "vmdk".
+	Name() string
+
+	// Probe reports whether a file that starts with head (up to ProbeBytes) and is
+	// size bytes long is of this format.
+	Probe(head []byte, size int64) bool
+
+	// Open opens one image, without what it stands on. It locks every file it opens
+	// (LockRead or LockWrite, as req.Mode says). On an error nothing stays open.
+	Open(req OpenRequest) (*engine.Layer, error)
+
+	// Create makes a new image whose contents are zeroes, or the parent's, and makes
+	// it durable. The names it creates must not exist. On an error nothing is left.
+	Create(ctx context.Context, req CreateRequest) error
+
+	// Options says what Create accepts.
+	Options() Options
+}
+
+// ProbeBytes is how much of a file's beginning Probe is shown.
+const ProbeBytes = 2048
+
+// OpenRequest says what to open.
+type OpenRequest struct {
+	FS   vfs.FS
+	Name string
+	Mode vfs.Mode
+	// NoLock opens without locks: for looking at images that somebody else writes.
+	NoLock bool
+}
+
+// CreateRequest says what to create. Zero values mean the format's defaults.
+type CreateRequest struct {
+	FS            vfs.FS
+	Name          string
+	SizeBytes     int64 // guest size; of an overlay 0 means the parent's
+	Subformat     string
+	ClusterBytes  int64
+	Preallocation Preallocation
+	Parent        *Parent           // nil for a base
+	Extra         map[string]string // options of this format only: see Options.Extra
+}
+
+// Parent is what an overlay will stand on.
+type Parent struct {
+	Name  string        // in the same FS; becomes a relative link
+	Layer *engine.Layer // open, for its size and identity
+}
+
+// Preallocation is how much space a new image takes at once.
+type Preallocation string
+
+const (
+	PreallocateOff      Preallocation = "off"      // none: thin
+	PreallocateMetadata Preallocation = "metadata" // tables
+	PreallocateFalloc   Preallocation = "falloc"   // reserve everything, unwritten
+	PreallocateFull     Preallocation = "full"     // write everything
+)
+
+// Options says what a format's Create accepts.
+type Options struct {
+	Subformats          []string // the first is the default; nil if there are none
+	OverlaySubformats   []string // those that can stand on a parent; nil: cannot
+	ParentFormats       []string // formats an overlay can stand on
+	MinClusterBytes     int64    // 0: no clusters
+	MaxClusterBytes     int64
+	DefaultClusterBytes int64
+	Preallocations      []Preallocation
+	MaxSizeBytes        int64
+	SizeMultiple        int64 // guest sizes must be a multiple of this
+	Extra               []ExtraOption
+}
+
+// ExtraOption is an option of one format.
+type ExtraOption struct {
+	Name, Help string
+	Values     []string // nil: anything that Create accepts
+}
