@@ -281,6 +281,11 @@ func TestMemCrash_Names(t *testing.T) {
 			must(t, m.Rename("new", "a"))
 			must(t, m.SyncDir("."))
 		}, []string{"a= b=B d{}", "a=. b=B d{}", "a=X b=B d{}"}},
+		{"a name that was taken over from a file that moved away", func(t *testing.T, m *vfs.Mem) {
+			must(t, m.Rename("a", "c"))
+			put(t, m, "new", 'X')
+			must(t, m.Rename("new", "a"))
+		}, []string{"a=A b=B d{}", "b=B c=A d{}", "a=A b=B d{} new=X", "b=B c=A d{} new=X", "a=X b=B c=A d{}"}},
 		{"move is atomic", func(t *testing.T, m *vfs.Mem) {
 			must(t, m.Rename("a", "d/a"))
 		}, []string{"a=A b=B d{}", "b=B d{a=A}"}},
@@ -441,9 +446,19 @@ func TestMemCrash_Model(t *testing.T) {
 	}
 }
 
-// checkDurable makes sure that another crash changes nothing.
+// checkDurable makes sure that another crash changes nothing, and that nothing is hidden
+// past the end.
 func checkDurable(t *testing.T, m *vfs.Mem, r *rand.Rand) {
 	t.Helper()
+	c := m.Clone()
+	f, err := c.Open("f", vfs.ReadWrite)
+	must(t, err)
+	was, err := f.Size()
+	must(t, err)
+	must(t, f.Truncate(was+64<<10))
+	if tail := readAll(t, c, "f")[was:]; len(bytes.Trim(tail, "\x00")) > 0 {
+		t.Fatal("a file that grew after a crash shows what was cut off")
+	}
 	if again := m.Crash(r); !bytes.Equal(readAll(t, again, "f"), readAll(t, m, "f")) {
 		t.Fatal("a second crash found something that was not durable")
 	}
@@ -692,7 +707,13 @@ func TestMemClone_KeepsUnsyncedUndurable(t *testing.T) {
 		t.Errorf("the clone holds %s", got)
 	}
 	describe := func(m *vfs.Mem) string { return tree(t, m, ".") }
-	wantOutcomes(t, outcomes(t, c, testenv.Rand(t), describe), "f=a", "f=b")
+	r := testenv.Rand(t)
+	wantOutcomes(t, outcomes(t, c, r, describe), "f=a", "f=b")
+	g, err := c.Open("f", vfs.ReadWrite)
+	must(t, err)
+	fill(t, g, 'c', 0, 1)
+	wantOutcomes(t, outcomes(t, c, r, describe), "f=a", "f=b", "f=c")
+	wantOutcomes(t, outcomes(t, m, r, describe), "f=a", "f=b")
 }
 
 func TestMem_Capacity(t *testing.T) {
@@ -765,8 +786,12 @@ func TestMem_Sparse(t *testing.T) {
 		t.Errorf("next data [%d, %d), %v", start, end, err)
 	}
 	must(t, f.Sync())
-	c := m.Crash(testenv.Rand(t))
-	must(t, c.SyncDir("."))
+	must(t, m.SyncDir("."))
+	g, err := m.Crash(testenv.Rand(t)).Open("f", vfs.ReadOnly)
+	must(t, err)
+	if n, err = g.AllocatedBytes(); n != 3<<40 || err != nil {
+		t.Errorf("after a crash %d bytes are allocated, %v; want %d", n, err, int64(3<<40))
+	}
 }
 
 func TestMem_ReadDoesNotAllocate(t *testing.T) {

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -243,6 +244,36 @@ func TestDirLock_BelongsToOpenFile(t *testing.T) {
 	if err := c.Lock(vfs.LockRead); !errors.Is(err, block.ErrLocked) {
 		t.Errorf("lock: %v, want %v", err, block.ErrLocked)
 	}
+}
+
+// Close gives the lock up even while a child process that is just being started still
+// has the descriptor.
+func TestDirLock_CloseUnlocksCopies(t *testing.T) {
+	d := openTempDir(t)
+	f := create(t, d, "f")
+	must(t, f.Lock(vfs.LockWrite))
+	fds, err := os.ReadDir("/proc/self/fd")
+	must(t, err)
+	copies := 0
+	for _, fd := range fds {
+		if target, _ := os.Readlink("/proc/self/fd/" + fd.Name()); target != d.Path("f") {
+			continue
+		}
+		number, err := strconv.Atoi(fd.Name())
+		must(t, err)
+		dup, err := unix.FcntlInt(uintptr(number), unix.F_DUPFD_CLOEXEC, 0)
+		must(t, err)
+		defer unix.Close(dup)
+		copies++
+	}
+	if copies != 1 {
+		t.Fatalf("found %d descriptors of the file, want 1", copies)
+	}
+	must(t, f.Close())
+	g, err := d.Open("f", vfs.ReadWrite)
+	must(t, err)
+	defer g.Close()
+	must(t, g.Lock(vfs.LockWrite))
 }
 
 // A program that locks the whole file by fcntl excludes us, too.
