@@ -64,13 +64,14 @@ type Transport interface {
 	// Attach makes the device. On an error nothing is left behind.
 	Attach(ctx context.Context, spec Spec, hooks Hooks) (State, error)
 	// Adopt takes over a device attached by an earlier process of ours, with the
-	// descriptors its server holds (none if the server is gone too). It returns
-	// block.ErrNotFound when the kernel no longer has the device, or has another
-	// one's under its name.
+	// descriptors its server holds (none if the server is gone too). The files stay
+	// the caller's, who closes them at once: a socket that anybody keeps open hides
+	// from the kernel that its server is gone. It returns block.ErrNotFound when
+	// the kernel no longer has the device, or has another one's under its name.
 	Adopt(ctx context.Context, st State, files []*os.File) error
 	// Recover gives a device whose server died to a new one. In-flight requests
 	// are answered by the new server. The caller has made sure that the old
-	// server is gone.
+	// server is gone, and keeps none of its descriptors.
 	Recover(ctx context.Context, st State, hooks Hooks) error
 	// Resize tells the kernel a new size, live.
 	Resize(ctx context.Context, st State, sizeBytes int64) (State, error)

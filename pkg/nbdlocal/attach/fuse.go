@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"math"
 	"net/url"
 	"os"
 	"os/exec"
@@ -43,18 +42,19 @@ func (*fuseTransport) Name() string { return "fuse" }
 
 // Probe makes a connection and reads in the kernel's first request what it can do.
 func (*fuseTransport) Probe(ctx context.Context) error {
+	if err := checkAdmin(); err != nil {
+		return err
+	}
 	for path, module := range map[string]string{"/dev/fuse": "fuse", "/dev/loop-control": "loop"} {
-		if _, err := os.Stat(path); err != nil {
-			_ = exec.CommandContext(ctx, "modprobe", module).Run() // the next look tells
+		if exists(path) {
+			continue
 		}
-		if _, err := os.Stat(path); err != nil {
+		_ = exec.CommandContext(ctx, "modprobe", module).Run() // the next look tells
+		if !exists(path) {
 			return fmt.Errorf("%s is missing: load the kernel module %q, and give this process the host's /dev: %w", path, module, block.ErrUnsupported)
 		}
 	}
 	m, err := mountFUSE()
-	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
-		return fmt.Errorf("mounting FUSE is not permitted: run this as root with CAP_SYS_ADMIN: %w (%w)", block.ErrUnsupported, err)
-	}
 	if err != nil {
 		return err
 	}
@@ -147,8 +147,8 @@ func (t *fuseTransport) attach(ctx context.Context, st *State, m *fuseMount, hoo
 		return err
 	}
 	st.Index, st.Device = index, loopPath(index)
-	if got, err := deviceBytes(loopName(index)); err != nil || got != st.SizeBytes {
-		return fmt.Errorf("%s has %d bytes, its server should offer %d: %w", st.Device, got, st.SizeBytes, errors.Join(err, block.ErrInvalid))
+	if err := checkDeviceSize(loopName(index), st.SizeBytes); err != nil {
+		return err
 	}
 	if !st.CanZero {
 		// The loop device asks for discards and for zeroes with the same request,
@@ -237,37 +237,38 @@ func (t *fuseTransport) Recover(ctx context.Context, st State, hooks Hooks) erro
 
 // Resize only grows. The server's device must have grown already.
 func (t *fuseTransport) Resize(ctx context.Context, st State, sizeBytes int64) (State, error) {
-	if err := checkSize(st.Spec, sizeBytes); err != nil {
+	if err := checkGrowth(st, sizeBytes); err != nil {
 		return st, err
-	}
-	if sizeBytes < st.SizeBytes {
-		return st, fmt.Errorf("resize %s: %d bytes: %w: a device can only grow, it has %d", st.ID, sizeBytes, block.ErrInvalid, st.SizeBytes)
 	}
 	dev, err := t.connection(st)
 	if err != nil {
 		return st, fmt.Errorf("resize %s: %w", st.ID, err)
 	}
-	forget := make([]byte, invalInodeBytes)
-	order.PutUint64(forget[invalInodeIno:], fuseFileNode)
-	order.PutUint64(forget[invalInodeOff:], math.MaxUint64)
-	if err := notifyFUSE(dev, notifyInvalInode, forget); err != nil {
+	if err := growFile(dev, sizeBytes); err != nil {
 		return st, fmt.Errorf("resize %s: %w", st.ID, err)
 	}
-	grown := make(chan error, 1) // growing waits for the server
-	go func() { grown <- growLoop(st.Index) }()
-	select {
-	case err = <-grown:
-	case <-ctx.Done():
-		err = ctx.Err()
+	err = within(ctx, func() error { return growLoop(st.Index) })
+	if err == nil {
+		err = checkDeviceSize(loopName(st.Index), sizeBytes)
 	}
 	if err != nil {
 		return st, fmt.Errorf("resize %s: %w", st.ID, err)
 	}
-	if got, err := deviceBytes(loopName(st.Index)); err != nil || got != sizeBytes {
-		return st, fmt.Errorf("resize %s: %s has %d bytes, its server should offer %d: %w", st.ID, st.Device, got, sizeBytes, errors.Join(err, block.ErrInvalid))
-	}
 	st.SizeBytes = sizeBytes
 	return st, nil
+}
+
+// growFile makes the kernel believe that the file has a new, larger size: it says that
+// the file's last byte is known, and is zero. Having the kernel ask for the size is
+// no use: it discards an answer if a write has completed meanwhile, and while the
+// device is busy one always has. The byte itself goes to a page cache that a file
+// opened for direct I/O doesn't use.
+func growFile(dev *os.File, sizeBytes int64) error {
+	payload := make([]byte, storeBytes+1)
+	order.PutUint64(payload[storeNode:], fuseFileNode)
+	order.PutUint64(payload[storeOff:], uint64(sizeBytes-1))
+	order.PutUint32(payload[storeSize:], 1)
+	return notifyFUSE(dev, notifyStore, payload)
 }
 
 func (t *fuseTransport) Detach(ctx context.Context, st State) error {
@@ -276,10 +277,11 @@ func (t *fuseTransport) Detach(ctx context.Context, st State) error {
 		t.release(st.ID)
 		return nil
 	}
-	if err := t.detach(ctx, index); err != nil {
-		return fmt.Errorf("detach %s: %w", st.ID, err)
+	err := within(ctx, func() error { return t.detach(ctx, index) })
+	if err == nil {
+		err = t.awaitGone(ctx, st.ID)
 	}
-	if err := t.awaitGone(ctx, st.ID); err != nil {
+	if err != nil {
 		return fmt.Errorf("detach %s: %w", st.ID, err)
 	}
 	t.release(st.ID)
@@ -292,10 +294,13 @@ func (t *fuseTransport) detach(ctx context.Context, index int) error {
 	if err != nil {
 		return err
 	}
-	if err := flushDevice(ctx, fd, loopName(index)); err != nil {
-		return err
-	}
 	defer unix.Close(fd)
+	if err := unix.Fsync(fd); err != nil {
+		return fmt.Errorf("flush %s: %w", loopPath(index), err)
+	}
+	if err := ctx.Err(); err != nil {
+		return err // nobody waits for it any more: don't surprise them
+	}
 	err = poll(ctx, probeGrace, func() (bool, error) { return clearLoop(fd, index) })
 	if errors.Is(err, errPollTimeout) {
 		return busyError(loopName(index))

@@ -145,10 +145,11 @@ const (
 
 // Notifications: messages from the server that answer nothing.
 const (
-	notifyInvalInode = 2
-	notifyResend     = 7
+	notifyStore  = 4
+	notifyResend = 7
 
-	invalInodeIno   = 0 // u64
-	invalInodeOff   = 8 // i64; negative: the attributes only
-	invalInodeBytes = 24
+	storeNode  = 0  // u64
+	storeOff   = 8  // u64
+	storeSize  = 16 // u32
+	storeBytes = 24 // the data follows
 )

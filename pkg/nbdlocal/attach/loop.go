@@ -1,18 +1,14 @@
 package attach
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 )
 
 func loopPath(index int) string { return fmt.Sprintf("/dev/loop%d", index) }
@@ -82,17 +78,13 @@ func bindLoop(index int, config *unix.LoopConfig) error {
 	return nil
 }
 
-// growLoop makes the loop device as large as its backing file has become. Asking for
-// the status makes the kernel ask the file for its attributes.
+// growLoop makes the loop device as large as its backing file has become.
 func growLoop(index int) error {
 	fd, err := unix.Open(loopPath(index), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("loop: open %s: %w", loopPath(index), err)
 	}
 	defer unix.Close(fd)
-	if _, err := unix.IoctlLoopGetStatus64(fd); err != nil {
-		return fmt.Errorf("loop: get status of %s: %w", loopPath(index), err)
-	}
 	if err := unix.IoctlSetInt(fd, unix.LOOP_SET_CAPACITY, 0); err != nil {
 		return fmt.Errorf("loop: set capacity of %s: %w", loopPath(index), err)
 	}
@@ -132,112 +124,6 @@ func abandonLoop(index int) error {
 	defer unix.Close(fd)
 	if err := unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0); err != nil && err != unix.ENXIO {
 		return fmt.Errorf("loop: clear %s: %w", loopPath(index), err)
-	}
-	return nil
-}
-
-// openExclusive opens a block device for detaching it: it fails with ErrBusy when the
-// device is mounted, or part of another device. Something that merely probes it, as
-// udev does, is given a moment.
-func openExclusive(ctx context.Context, name string) (int, error) {
-	// Read-only: closing a descriptor that could write makes udev probe the device.
-	fd := -1
-	err := poll(ctx, probeGrace, func() (bool, error) {
-		var err error
-		fd, err = unix.Open("/dev/"+name, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
-		if err != nil && err != unix.EBUSY {
-			return false, fmt.Errorf("open /dev/%s: %w", name, err)
-		}
-		return err == nil, nil
-	})
-	if errors.Is(err, errPollTimeout) {
-		return -1, busyError(name)
-	}
-	return fd, err
-}
-
-// flushDevice writes a block device's caches to its server. It ends with ctx, though
-// the flush itself goes on; fd is the callee's then.
-func flushDevice(ctx context.Context, fd int, name string) error {
-	done := make(chan error, 1)
-	go func() { done <- unix.Fsync(fd) }()
-	select {
-	case err := <-done:
-		if err != nil {
-			unix.Close(fd)
-			return fmt.Errorf("flush /dev/%s: %w", name, err)
-		}
-		return nil
-	case <-ctx.Done():
-		go func() { <-done; unix.Close(fd) }()
-		return fmt.Errorf("flush /dev/%s: %w", name, ctx.Err())
-	}
-}
-
-// deviceBytes returns the size of a block device.
-func deviceBytes(name string) (int64, error) {
-	b, err := os.ReadFile("/sys/block/" + name + "/size")
-	if err != nil {
-		return 0, err
-	}
-	sectors, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
-	if err != nil {
-		return 0, fmt.Errorf("/sys/block/%s/size: %w", name, err)
-	}
-	return sectors * 512, nil
-}
-
-// setQueue sets an attribute of a device's request queue.
-func setQueue(name, attribute string, value int64) error {
-	path := "/sys/block/" + name + "/queue/" + attribute
-	if err := os.WriteFile(path, strconv.AppendInt(nil, value, 10), 0); err != nil {
-		return fmt.Errorf("set %d: %w", value, err) // the error names the path
-	}
-	return nil
-}
-
-const (
-	pollInterval = 10 * time.Millisecond
-	// probeGrace is how long something that opens devices as they come and go may
-	// take with one.
-	probeGrace = time.Second
-)
-
-var errPollTimeout = errors.New("timed out")
-
-// poll calls try until it returns true or an error, for at most the limit.
-func poll(ctx context.Context, limit time.Duration, try func() (bool, error)) error {
-	deadline := time.Now().Add(limit)
-	for {
-		ok, err := try()
-		if ok || err != nil {
-			return err
-		}
-		if time.Now().After(deadline) {
-			return errPollTimeout
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(pollInterval):
-		}
-	}
-}
-
-// checkSpec returns an ErrInvalid that names what in the spec no transport could do.
-func checkSpec(spec Spec) error {
-	switch {
-	case spec.ID == "":
-		return fmt.Errorf("attach: ID is empty: %w", block.ErrInvalid)
-	case spec.BlockBytes != 512 && spec.BlockBytes != 4096:
-		return fmt.Errorf("attach %s: block size %d: %w: 512 and 4096 are accepted", spec.ID, spec.BlockBytes, block.ErrInvalid)
-	}
-	return checkSize(spec, spec.SizeBytes)
-}
-
-func checkSize(spec Spec, sizeBytes int64) error {
-	if sizeBytes <= 0 || sizeBytes%int64(spec.BlockBytes) != 0 {
-		return fmt.Errorf("attach %s: size %d: %w: a positive multiple of %d is accepted", spec.ID, sizeBytes, block.ErrInvalid, spec.BlockBytes)
 	}
 	return nil
 }

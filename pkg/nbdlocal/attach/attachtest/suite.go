@@ -52,6 +52,7 @@ func Run(t *testing.T, cfg Config) {
 		{"KillSupervisor", testKillSupervisor},
 		{"KillBoth", testKillBoth},
 		{"AdoptForeign", testAdoptForeign},
+		{"RecoverServed", testRecoverServed},
 		{"SlowServer", testSlowServer},
 		{"Abort", testAbort},
 		{"AbortOpened", testAbortOpened},
@@ -246,9 +247,9 @@ func testErrors(t *testing.T, cfg Config) {
 func testResize(t *testing.T, cfg Config) {
 	r := attachedRig(t, cfg.Transport)
 	l := r.startLoad()
-	for i := range 3 {
+	for i := range 10 {
 		r.awaitProgress(l, 20)
-		size := r.state.SizeBytes + 16<<20 + int64(i)*512
+		size := r.state.SizeBytes + 4<<20 + int64(i)*512
 		if err := os.Truncate(r.backing, size); err != nil {
 			t.Fatal(err)
 		}
@@ -347,23 +348,53 @@ func testDetachOpened(t *testing.T, cfg Config) {
 
 // testDetachUnderLoop: kubelet keeps a loop device on raw block volumes.
 func testDetachUnderLoop(t *testing.T, cfg Config) {
-	losetup := testenv.Oracle(t, "losetup")
 	r := attachedRig(t, cfg.Transport)
-	free, err := exec.Command(losetup, "-f").Output()
+	dev, err := os.OpenFile(r.state.Device, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	upper := strings.TrimSpace(string(free))
-	if out, err := exec.Command(losetup, upper, r.state.Device).CombinedOutput(); err != nil {
-		t.Fatalf("losetup: %v\n%s", err, out)
-	}
-	down := func() error { return exec.Command(losetup, "-d", upper).Run() }
-	defer func() { _ = down() }()
-	r.checkBusy("under " + upper)
-	if err := down(); err != nil {
+	upper := upperLoop(t, dev)
+	dev.Close()
+	r.checkBusy("under " + upper.Name())
+	if err := unix.IoctlSetInt(int(upper.Fd()), unix.LOOP_CLR_FD, 0); err != nil {
 		t.Fatal(err)
 	}
+	upper.Close()
 	r.detach()
+}
+
+// upperLoop returns a loop device that stands on dev.
+func upperLoop(t *testing.T, dev *os.File) *os.File {
+	t.Helper()
+	for range 20 {
+		control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		index, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
+		control.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		upper, err := os.OpenFile(fmt.Sprintf("/dev/loop%d", index), os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = unix.IoctlLoopConfigure(int(upper.Fd()), &unix.LoopConfig{Fd: uint32(dev.Fd())})
+		if err == nil {
+			t.Cleanup(func() {
+				_ = unix.IoctlSetInt(int(upper.Fd()), unix.LOOP_CLR_FD, 0)
+				upper.Close()
+			})
+			return upper
+		}
+		upper.Close()
+		if err != unix.EBUSY { // else somebody was faster
+			t.Fatal(err)
+		}
+	}
+	t.Fatal("no loop device to be had")
+	return nil
 }
 
 func testAttachTwice(t *testing.T, cfg Config) {
@@ -508,6 +539,18 @@ func serverFiles(t testing.TB, pid int) []*os.File {
 	return []*os.File{f}
 }
 
+// adopt does it as a supervisor does, which doesn't keep what it was handed.
+func (r *rig) adopt(server int) {
+	r.t.Helper()
+	files := serverFiles(r.t, server)
+	if err := r.transport.Adopt(r.ctx, r.state, files); err != nil {
+		r.t.Fatalf("Adopt: %v", err)
+	}
+	for _, f := range files {
+		f.Close()
+	}
+}
+
 // killPID kills a process that is not our child, and waits until it is gone.
 func killPID(t testing.TB, pid int) {
 	t.Helper()
@@ -551,9 +594,7 @@ func (r *rig) supervised(transport string) (server int, l *load) {
 func testKillSupervisor(t *testing.T, cfg Config) {
 	r := newRig(t, cfg.Transport)
 	server, l := r.supervised(cfg.Transport)
-	if err := r.transport.Adopt(r.ctx, r.state, serverFiles(t, server)); err != nil {
-		t.Fatalf("Adopt: %v", err)
-	}
+	r.adopt(server)
 	r.awaitProgress(l, 50)
 	killPID(t, server)
 	r.recover()
@@ -627,6 +668,27 @@ func testAdoptForeign(t *testing.T, cfg Config) {
 			t.Errorf("%s of a device that is not there: %v", name, err)
 		}
 	}
+	r.detach()
+}
+
+// testRecoverServed: a server that is still there keeps its connections.
+func testRecoverServed(t *testing.T, cfg Config) {
+	if cfg.Transport == "fuse" {
+		t.Skip("a FUSE connection can have several servers")
+	}
+	r := attachedRig(t, cfg.Transport)
+	server := r.process
+	l := r.startLoad()
+	ctx, cancel := context.WithTimeout(r.ctx, time.Second)
+	defer cancel()
+	if err := r.transport.Recover(ctx, r.state, r.hooks()); err == nil {
+		t.Error("recovered a device whose server is alive")
+	}
+	if r.process != server {
+		t.Error("started a second server")
+	}
+	r.awaitProgress(l, 50)
+	r.finish(l)
 	r.detach()
 }
 
