@@ -1,0 +1,224 @@
+package nbdlocal
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+)
+
+// fileDevice is a raw file as plainly as can be.
+type fileDevice struct {
+	fd   int
+	size int64
+}
+
+func openFileDevice(tb testing.TB, path string) *fileDevice {
+	tb.Helper()
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = unix.Close(fd) })
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		tb.Fatal(err)
+	}
+	return &fileDevice{fd: fd, size: st.Size}
+}
+
+func (d *fileDevice) ReadAt(p []byte, off int64) (int, error)  { return unix.Pread(d.fd, p, off) }
+func (d *fileDevice) WriteAt(p []byte, off int64) (int, error) { return unix.Pwrite(d.fd, p, off) }
+func (d *fileDevice) Flush() error                             { return unix.Fdatasync(d.fd) }
+func (d *fileDevice) Close() error                             { return nil }
+
+func (d *fileDevice) WriteZeroes(off, n int64, _ block.ZeroFlags) error {
+	return unix.Fallocate(d.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+}
+func (d *fileDevice) Discard(off, n int64) error { return d.WriteZeroes(off, n, 0) }
+func (d *fileDevice) Map(off, n int64) (block.Extent, error) {
+	return block.Extent{Off: off, Len: n, State: block.Data, FileOff: off}, nil
+}
+func (d *fileDevice) Info() block.Info {
+	return block.Info{SizeBytes: d.size, LogicalBlockBytes: 512, CanDiscard: true, CanZero: true}
+}
+
+// benchLoad is one fio job.
+type benchLoad struct {
+	name  string
+	rw    string
+	block string
+	depth int
+}
+
+var benchLoads = []benchLoad{
+	{"4k randread depth 1", "randread", "4k", 1},
+	{"4k randread depth 32", "randread", "4k", 32},
+	{"4k randwrite depth 32", "randwrite", "4k", 32},
+	{"1M read depth 8", "read", "1M", 8},
+	{"1M write depth 8", "write", "1M", 8},
+}
+
+// benchServers start a server of the raw file image on a socket.
+var benchServers = []struct {
+	name  string
+	start func(b *testing.T, image, socket string)
+}{
+	{"ours", startOurs},
+	{"nbdkit", func(t *testing.T, image, socket string) {
+		startProcess(t, socket, testenv.Oracle(t, "nbdkit"), "-f", "-U", socket, "file", image)
+	}},
+	{"qemu-nbd", func(t *testing.T, image, socket string) {
+		startProcess(t, socket, testenv.Oracle(t, "qemu-nbd"), "-f", "raw", "-k", socket, "-t", "-e", "8", image)
+	}},
+}
+
+// TestCompareSpeed measures this server, nbdkit and qemu-nbd side by side over the same
+// file in memory: medians of interleaved runs, since only ratios of such mean anything
+// on a shared machine. IMGDISK_BENCH=1 runs it; IMGDISK_BENCH_SECONDS is the length of
+// one run, IMGDISK_BENCH_ROUNDS how many of each.
+func TestCompareSpeed(t *testing.T) {
+	if os.Getenv("IMGDISK_BENCH") == "" {
+		t.Skip("IMGDISK_BENCH=1 runs it")
+	}
+	fio := testenv.Oracle(t, "fio")
+	seconds, rounds := envInt("IMGDISK_BENCH_SECONDS", 3), envInt("IMGDISK_BENCH_ROUNDS", 3)
+	only := os.Getenv("IMGDISK_BENCH_LOAD")
+	dir, err := os.MkdirTemp("/dev/shm", "nbdlocal-bench-")
+	if err != nil {
+		t.Skipf("no memory file system: %v", err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	image := filepath.Join(dir, "image")
+	if err := os.WriteFile(image, bytes.Repeat([]byte("0123456789abcdef"), 256<<20/16), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sockets := make([]string, len(benchServers))
+	for i, s := range benchServers {
+		sockets[i] = filepath.Join(dir, s.name)
+		s.start(t, image, sockets[i])
+	}
+	for _, load := range benchLoads {
+		if !strings.Contains(load.name, only) {
+			continue
+		}
+		results := make([][]float64, len(benchServers))
+		for range rounds {
+			for i := range benchServers {
+				results[i] = append(results[i], runFio(t, fio, sockets[i], load, seconds))
+			}
+		}
+		ours := median(results[0])
+		line := fmt.Sprintf("%-22s %9.0f/s", load.name, ours)
+		for i, s := range benchServers[1:] {
+			other := median(results[i+1])
+			line += fmt.Sprintf("   %.2f x %s (%.0f/s)", ours/other, s.name, other)
+		}
+		t.Log(line)
+	}
+}
+
+func startOurs(t *testing.T, image, socket string) {
+	serveUnix(t, openFileDevice(t, image), socket, Options{})
+}
+
+// serveUnix serves dev on a unix socket until the test ends.
+func serveUnix(tb testing.TB, dev block.Device, socket string, opts Options) *Server {
+	tb.Helper()
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	s := NewServer(dev, opts)
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(context.Background(), l) }()
+	tb.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := s.Drain(ctx); err != nil {
+			tb.Errorf("drain: %v", err)
+		}
+		if err := <-served; err != nil {
+			tb.Errorf("serve: %v", err)
+		}
+	})
+	return s
+}
+
+// startProcess runs a server until the test ends, and waits for its socket.
+func startProcess(tb testing.TB, socket, program string, args ...string) {
+	tb.Helper()
+	cmd := exec.Command(program, args...)
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	for range 500 {
+		if c, err := net.Dial("unix", socket); err == nil {
+			_ = c.Close()
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	tb.Fatalf("%s does not listen on %s", program, socket)
+}
+
+// runFio returns operations per second.
+func runFio(tb testing.TB, fio, socket string, load benchLoad, seconds int) float64 {
+	tb.Helper()
+	out, err := exec.Command(fio, "--name=load", "--ioengine=nbd", "--uri=nbd+unix:///?socket="+socket,
+		"--rw="+load.rw, "--bs="+load.block, "--iodepth="+strconv.Itoa(load.depth), "--size=256M",
+		"--time_based", "--runtime="+strconv.Itoa(seconds), "--ramp_time=0.3", "--randrepeat=0",
+		"--norandommap", "--output-format=json").Output()
+	if err != nil {
+		tb.Fatalf("fio: %v\n%s", err, out)
+	}
+	var report struct {
+		Jobs []struct{ Read, Write struct{ IOPS float64 } }
+	}
+	if err := json.Unmarshal(fioJSON(out), &report); err != nil {
+		tb.Fatalf("fio's report: %v\n%s", err, out)
+	}
+	return report.Jobs[0].Read.IOPS + report.Jobs[0].Write.IOPS
+}
+
+// fioJSON drops what fio's nbd engine prints around the report.
+func fioJSON(out []byte) []byte {
+	if i := bytes.IndexByte(out, '{'); i >= 0 {
+		out = out[i:]
+	}
+	if i := bytes.LastIndexByte(out, '}'); i >= 0 {
+		out = out[:i+1]
+	}
+	return out
+}
+
+func median(values []float64) float64 {
+	slices.Sort(values)
+	return values[len(values)/2]
+}
+
+func envInt(name string, otherwise int) int {
+	if v, err := strconv.Atoi(os.Getenv(name)); err == nil {
+		return v
+	}
+	return otherwise
+}

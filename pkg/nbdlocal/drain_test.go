@@ -1,0 +1,165 @@
+package nbdlocal
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestDrain_StopsBetweenMessages: a message that has begun to arrive is taken whole and
+// answered, and not a byte of the next one is read: a successor goes on with it.
+func TestDrain_StopsBetweenMessages(t *testing.T) {
+	dev := newMemDevice(mib)
+	s := NewServer(dev, Options{})
+	server, conn := socketPair(t)
+	result := make(chan error, 1)
+	go func() { result <- s.ServeConn(context.Background(), server) }()
+	c := newClient(t, conn)
+	c.write(0, []byte("warm"))
+
+	message := append(requestHeader(cmdWrite, 0, 50, 10, 1000), make([]byte, 1000)...)
+	message[requestBytes] = 'A'
+	c.sent[50] = command{cmd: cmdWrite, n: 1000}
+	drained := make(chan error, 1)
+	parts := [][]byte{message[:10], message[10:40], message[40:600], message[600:]}
+	for i, part := range parts {
+		if _, err := conn.Write(part); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(30 * time.Millisecond)
+		if i == 0 {
+			go func() { drained <- s.Drain(context.Background()) }()
+			time.Sleep(30 * time.Millisecond)
+		}
+	}
+	if a, err := c.receive(); err != nil || a.errno != 0 || a.cookie != 50 {
+		t.Fatalf("reply: %+v, %v", a, err)
+	}
+	if err := <-drained; err != nil {
+		t.Errorf("drain: %v", err)
+	}
+	if err := <-result; err != nil {
+		t.Errorf("ServeConn: %v", err)
+	}
+	if got := dev.snapshot(10, 1)[0]; got != 'A' {
+		t.Errorf("the device holds %q, want 'A'", got)
+	}
+
+	// A successor takes over the same socket, with what was sent meanwhile.
+	cookie := c.send(cmdRead, 0, 10, 1, nil)
+	next := NewServer(dev, Options{})
+	go func() { result <- next.ServeConn(context.Background(), server) }()
+	if a, err := c.receive(); err != nil || a.cookie != cookie || a.data[0] != 'A' {
+		t.Errorf("the successor's reply: %+v, %v", a, err)
+	}
+	c.send(cmdDisc, 0, 0, 0, nil)
+	if err := <-result; err != nil {
+		t.Errorf("the successor's ServeConn: %v", err)
+	}
+}
+
+// TestDrain_UnderLoad hands a connection from server to server while requests keep
+// coming: each is answered exactly once.
+func TestDrain_UnderLoad(t *testing.T) {
+	dev := newMemDevice(mib)
+	server, conn := socketPair(t)
+	c := newClient(t, conn)
+	var stop atomic.Bool
+	finished := make(chan error, 1)
+	go func() {
+		for !stop.Load() {
+			s := NewServer(dev, Options{})
+			result := make(chan error, 1)
+			go func() { result <- s.ServeConn(context.Background(), server) }()
+			time.Sleep(3 * time.Millisecond)
+			if err := errors.Join(s.Drain(context.Background()), <-result); err != nil {
+				finished <- err
+				return
+			}
+		}
+		finished <- NewServer(dev, Options{}).ServeConn(context.Background(), server)
+	}()
+	data := make([]byte, 3000)
+	for i := range 20_000 {
+		if i%2 == 0 {
+			c.send(cmdWrite, 0, int64(i), len(data), data)
+		} else {
+			c.send(cmdRead, 0, int64(i), len(data), nil)
+		}
+		if i < 20 {
+			continue
+		}
+		if a, err := c.receive(); err != nil || a.errno != 0 {
+			t.Fatalf("reply: %v %v", err, a.errno)
+		}
+	}
+	for len(c.sent) > 0 {
+		if a, err := c.receive(); err != nil || a.errno != 0 {
+			t.Fatalf("reply: %v %v", err, a.errno)
+		}
+	}
+	stop.Store(true)
+	_ = conn.Close()
+	if err := <-finished; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDrain_AnswersWhatWasTaken: requests that the device is slow with are answered too.
+func TestDrain_AnswersWhatWasTaken(t *testing.T) {
+	dev := newMemDevice(mib)
+	g := newGate(t)
+	dev.before = func(string, int64, int64) error { g.wait(); return nil }
+	s := NewServer(dev, Options{})
+	c, result := pipeClient(t, s)
+	for i := range 40 {
+		c.send(cmdRead, 0, int64(i), 1, nil)
+	}
+	if !eventually(func() bool { return s.Stats().InFlight == 40 }) {
+		t.Fatalf("%d requests in flight, want 40", s.Stats().InFlight)
+	}
+	drained := make(chan error, 1)
+	go func() { drained <- s.Drain(context.Background()) }()
+	select {
+	case err := <-drained:
+		t.Fatalf("Drain returned before the requests were answered: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	g.open()
+	for range 40 {
+		if a, err := c.receive(); err != nil || a.errno != 0 {
+			t.Fatalf("reply: %v %v", err, a.errno)
+		}
+	}
+	if err := errors.Join(<-drained, <-result); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestDrain_GivesUp: a device that never answers doesn't hold Drain beyond its context.
+func TestDrain_GivesUp(t *testing.T) {
+	dev := newMemDevice(mib)
+	g := newGate(t)
+	dev.before = func(string, int64, int64) error { g.wait(); return nil }
+	s := NewServer(dev, Options{})
+	c, result := pipeClient(t, s)
+	c.send(cmdRead, 0, 0, 1, nil)
+	<-g.entered
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
+	defer cancel()
+	if err := s.Drain(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("drain: %v, want deadline exceeded", err)
+	}
+	if _, err := c.receive(); !errors.Is(err, io.EOF) && !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("the client sees %v, want the connection's end", err)
+	}
+	g.open()
+	if err := <-result; !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("ServeConn: %v", err)
+	}
+}
