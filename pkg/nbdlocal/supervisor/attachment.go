@@ -17,10 +17,10 @@ import (
 )
 
 const (
-	// firstBackoff and maxBackoff bound the pause before a server that keeps dying,
-	// or another step that keeps failing, is tried again.
-	firstBackoff = 100 * time.Millisecond
-	maxBackoff   = 5 * time.Second
+	// firstBackoff and defaultMaxBackoff bound the pause before a server that keeps
+	// dying, or another step that keeps failing, is tried again.
+	firstBackoff      = 100 * time.Millisecond
+	defaultMaxBackoff = 5 * time.Second
 	// steadyAfter is how long a server must have served for its death not to count
 	// as a failed start.
 	steadyAfter = 2 * time.Second
@@ -185,7 +185,7 @@ func (a *attachment) interrupted(cause error) {
 // tryLater schedules the next attempt.
 func (a *attachment) tryLater() {
 	a.retry = time.After(a.backoff)
-	a.backoff = min(max(2*a.backoff, firstBackoff), maxBackoff)
+	a.backoff = min(max(2*a.backoff, firstBackoff), a.s.maxBackoff)
 }
 
 // attempt does what is due, and schedules another attempt if that fails.
@@ -255,6 +255,7 @@ func (a *attachment) answer(ctx context.Context, c *command) {
 	if a.finished {
 		a.s.unlist(a)
 	}
+	a.publish()
 	c.reply(at, err)
 }
 
@@ -397,7 +398,8 @@ func (a *attachment) nowServing() error {
 	return nil
 }
 
-// publish makes the attachment's state visible.
+// publish makes the attachment's state visible: a phase is shown once it is true, and
+// recorded before it is.
 func (a *attachment) publish() {
 	at := &Attachment{
 		AttachRequest: a.rec.Request,
@@ -406,20 +408,25 @@ func (a *attachment) publish() {
 		Restarts:      a.restarts,
 	}
 	at.ID = a.id
-	if a.rec.Phase == "" {
-		at.Phase = Attaching
-	}
 	if k := a.rec.Kernel; k != nil {
 		at.Device, at.SizeBytes, at.Transport = k.Device, k.SizeBytes, k.Transport
 	}
 	if a.proc != nil && a.proc.alive() {
 		at.PID = a.proc.pid
 	}
+	if a.problem != nil {
+		at.Problem = a.problem.Error()
+	}
 	switch {
+	case a.rec.Phase == "":
+		at.Phase = Attaching
+	case a.rec.Phase == Serving && !a.adopted:
+		at.Phase, at.Problem = Recovering, "it is being taken over from an earlier supervisor"
 	case a.rec.Phase == Lost:
 		at.Problem = a.rec.Lost
-	case a.problem != nil:
-		at.Problem = a.problem.Error()
+		if a.rec.Kernel != nil {
+			at.Phase = Recovering // it is not gone yet
+		}
 	}
 	a.view.Store(at)
 }

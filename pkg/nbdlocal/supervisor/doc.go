@@ -11,38 +11,92 @@
 // a server opens one image and has no privileges. Any of the processes may be killed
 // at any time: applications see a pause, not an error.
 //
-//   - A server died: the supervisor waits until it is gone (pidfd), starts a new one
-//     and lets the transport recover the device. Restarts back off up to a few
-//     seconds and never stop: the reason is in the attachment's status.
+//   - A server died: the supervisor waits until it is gone (pidfd, and the lock below),
+//     starts a new one and lets the transport recover the device. Restarts back off up
+//     to a few seconds and never stop: the reason is in the attachment's status.
 //   - The supervisor died: servers go on serving. The next supervisor reads the state
 //     directory, connects to each server's socket, takes over the descriptors it
 //     holds (Adopt), and restarts what is gone.
-//   - Both died: the next supervisor starts servers and recovers devices from state.
+//   - Both died: the next supervisor starts servers and recovers devices from state. An
+//     nbd device waits for that. A fuse device cannot, since the kernel ends a FUSE
+//     connection with the last process that holds it: the attachment is Lost.
+//   - Another node took the volume (a server's Opened.Lost, or block.ErrFenced when it
+//     opens): the device is removed under its users, the attachment is Lost.
 //
 // # State
 //
-// A directory on tmpfs (it must not survive a reboot): one JSON file per attachment,
-// written and renamed before an attach returns, removed after a detach; per
-// attachment a directory with its server's socket and log.
+// A directory on tmpfs (it must not survive a reboot, and does not count if it does):
+//
+//	supervisor.lock              held by the supervisor
+//	api.sock, supervisor.log     the API; the log of one that Ensure started
+//	attachments/HASH/            per attachment, named for a hash of its ID:
+//	    record.json              the record: request, phase, the transport's state
+//	    server.lock              held by the server, see below
+//	    server.sock              the server's control socket
+//	    server.sock.exit         how the last server ended, if it could say
+//	    server.log               what it wrote
+//
+// A record is written and renamed before what it allows may happen, and removed when
+// nothing is left.
+//
+// The server's lock is an open file description's: the supervisor takes it and the
+// server it then starts inherits it and cannot help holding it until its last thread
+// is gone. Whether a server exists is thus never guessed from a process id; a
+// successor is not started, and the directory not removed, without the lock.
+//
+// # Repair
+//
+// A supervisor can be killed between any two steps. What its record's phase lets the
+// next one find, and what that does:
+//
+//   - attaching: a directory; perhaps a server; perhaps, if the record has the
+//     transport's state, kernel objects. No client has been told of a device, so
+//     everything is undone; the client asks again.
+//   - serving: a device; a server, unless it died too. Adopted; recovered if no server
+//     is there, or one that holds fewer descriptors than the device has.
+//   - recovering: a device; perhaps a dead server's successor, which may or may not have
+//     descriptors yet, and for which the kernel may or may not have resent requests.
+//     Adopted, the server killed, and recovered: carrying out a request twice at the
+//     same time is the one thing that must not happen.
+//   - detaching: a device, or none any more. With one the detach is void and it serves
+//     again (the client asks again). Without one it is finished: the image closed, the
+//     directory removed.
+//   - lost: perhaps still a device and a server: removed and stopped.
+//
+// A detach leaves the image closed. If the server died before it could close it, another
+// opens it, replays what the first left, and closes it; the file server.sock.exit tells.
 //
 // # API (version 1), over HTTP on a unix socket of mode 0600
 //
 //	POST   /v1/attachments               AttachRequest → Attachment   idempotent by ID
 //	GET    /v1/attachments               → []Attachment
 //	GET    /v1/attachments/{id}          → Attachment
+//	GET    /v1/attachments/{id}/stats    → ServerStats
 //	POST   /v1/attachments/{id}/resize   → Attachment   takes the server's current size
 //	DELETE /v1/attachments/{id}[?force=true]
 //	GET    /v1/status                    → Status: version, transports and why one can't
 //	POST   /v1/stop                      stops a supervisor that has no attachments
 //
 // {id} is path-escaped. An error is {"error": sentence, "kind": name of block's
-// sentinel}, and Client turns it back into that sentinel.
+// sentinel}, and Client turns it back into that sentinel. Requests for one attachment
+// are carried out one after the other, except that a detach by force ends whatever is
+// under way. What was begun is finished also when the client is gone.
 //
 // # Server protocol (version 1), SOCK_SEQPACKET unix socket, JSON messages, descriptors by SCM_RIGHTS
 //
-//	hello            → Hello: protocol, pid, device info
+//	hello            → Hello: protocol, pid, device info; once the device is open
 //	serve PROTOCOL   + descriptors; serve them from now on, beside what is served already
 //	files            → the descriptors being served, and their protocol
+//	watch ENDED      → answers when not ENDED descriptors have ended in the server's life
 //	stats            → counters
 //	stop             stop taking requests, flush, close the image, answer, exit
+//
+// One message is one request or its answer; a connection's requests are answered in
+// order.
+//
+// # Reading order
+//
+// api.go; server.go (a server's side: RunServer); process.go (the supervisor's side of a
+// server); attachment.go and steps.go (an attachment's life); supervisor.go, http.go;
+// client.go, ensure.go.
 package supervisor

@@ -30,8 +30,6 @@ const (
 	// ensureStarts is how often one that ends before it answers is started: one may
 	// lose against another that was started, or stopped, at the same time.
 	ensureStarts = 3
-	// ensureGrace is how long another one gets to answer after ours has ended.
-	ensureGrace = 2 * time.Second
 )
 
 // Ensure returns a client of the supervisor that runs in a state directory. If none
@@ -69,7 +67,6 @@ func startDaemon(ctx context.Context, cfg EnsureConfig, client *Client) error {
 	if err != nil {
 		return err
 	}
-	var grace <-chan time.Time
 	for {
 		err := answers(ctx, client)
 		if !errors.Is(err, ErrNotRunning) {
@@ -77,9 +74,13 @@ func startDaemon(ctx context.Context, cfg EnsureConfig, client *Client) error {
 		}
 		select {
 		case <-ended:
-			ended, grace = nil, time.After(ensureGrace)
-		case <-grace:
-			return fmt.Errorf("it ended when it was started; the end of %s: %s: %w", logPath, lastLine(logPath), ErrNotRunning)
+			// If it lost against another one, that is starting, or ending.
+			if !isLocked(cfg.StateDir) {
+				return fmt.Errorf("it ended when it was started; the end of %s: %s: %w", logPath, lastLine(logPath), ErrNotRunning)
+			}
+		default:
+		}
+		select {
 		case <-ctx.Done():
 			return fmt.Errorf("%w (see %s): %w", ErrNotRunning, logPath, ctx.Err())
 		case <-time.After(ensurePoll):

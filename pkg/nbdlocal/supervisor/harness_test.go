@@ -61,6 +61,7 @@ func (h *harness) startHere() {
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	s.maxBackoff = firstBackoff
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	h.cancel, h.ended, h.cmd = cancel, ended, nil

@@ -69,7 +69,7 @@ func serverMain(args []string) error {
 // testProtocols adds to the real protocols "fake", which serves nothing until a byte
 // arrives, which ends it.
 func testProtocols() map[string]Protocol {
-	protocols := realProtocols()
+	protocols := KernelProtocols()
 	protocols["fake"] = func(block.Device) ServeFunc {
 		return func(ctx context.Context, f *os.File) error {
 			defer context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })()
@@ -179,6 +179,7 @@ func supervisorMain(args []string) error {
 		return err
 	}
 	s.at = stepHook(values)
+	s.maxBackoff = firstBackoff
 	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer cancel()
 	return s.Run(ctx)
@@ -189,8 +190,8 @@ const testEnv = "GORACE=atexit_sleep_ms=0"
 
 func testConfig(values map[string]string, log io.Writer) Config {
 	transports := []attach.Transport{&fakeTransport{dir: values["kernel"]}}
-	if name := values["transport"]; name != "" {
-		transports = []attach.Transport{realTransport(name)}
+	if values["transport"] == "fuse" {
+		transports = []attach.Transport{attach.NewFUSE()}
 	}
 	return Config{
 		StateDir:     values["stateDir"],

@@ -1,9 +1,11 @@
 package supervisor
 
 import (
+	"fmt"
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -35,4 +37,51 @@ func prctlAllThreads(setting string, option uintptr) {
 	if _, _, errno := syscall.AllThreadsSyscall(unix.SYS_PRCTL, option, 1, 0); errno != 0 {
 		slog.Debug("the kernel does not allow a process setting", "setting", setting, "error", errno)
 	}
+}
+
+// shedStartup gives back the memory that only starting needed: the heap's, and the
+// pages of the binary that were touched once. Those still wanted come back from the
+// page cache.
+func shedStartup() {
+	debug.FreeOSMemory()
+	binary, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return
+	}
+	smaps, err := os.ReadFile("/proc/self/smaps")
+	if err != nil {
+		return
+	}
+	for _, m := range unmodifiedMappings(string(smaps), binary) {
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, m.start, m.end-m.start, unix.MADV_DONTNEED)
+	}
+}
+
+// mapping is a range of addresses.
+type mapping struct {
+	start, end uintptr
+}
+
+// unmodifiedMappings returns the mappings of a file that are as the file is, and stay
+// so: read-only ones without a page that was written to before they became it. smaps
+// is /proc/PID/smaps: for each mapping a line "start-end perms offset dev inode path",
+// followed by lines like "Anonymous: 4 kB", which counts modified pages.
+func unmodifiedMappings(smaps, file string) []mapping {
+	var found []mapping
+	var current mapping
+	wanted := false
+	for line := range strings.Lines(smaps) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 {
+			continue
+		}
+		var m mapping
+		if n, _ := fmt.Sscanf(fields[0], "%x-%x", &m.start, &m.end); n == 2 {
+			current = m
+			wanted = strings.HasPrefix(fields[1], "r-") && fields[len(fields)-1] == file && current.start < current.end
+		} else if wanted && fields[0] == "Anonymous:" && fields[1] == "0" {
+			found = append(found, current)
+		}
+	}
+	return found
 }

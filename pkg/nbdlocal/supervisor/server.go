@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -181,7 +180,7 @@ func (s *server) open(f OpenFunc, signals <-chan os.Signal) (Opened, error) {
 		case <-done:
 			s.since = time.Now()
 			close(s.opened)
-			debug.FreeOSMemory() // what opening needed, an idle server need not keep
+			shedStartup()
 			return s.device, s.openErr
 		}
 	}

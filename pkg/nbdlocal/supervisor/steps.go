@@ -312,6 +312,7 @@ func (a *attachment) quiesce(ctx context.Context) error {
 	}
 	a.s.at("lose: device gone")
 	a.adopted = true
+	a.publish()
 	return a.stopServer(ctx)
 }
 

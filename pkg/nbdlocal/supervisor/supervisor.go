@@ -51,8 +51,10 @@ func SocketPath(stateDir string) string { return filepath.Join(stateDir, "api.so
 type Supervisor struct {
 	cfg    Config
 	bootID string
-	at     func(step string) // tests end the process at a step
 	stop   context.CancelFunc
+
+	at         func(step string) // tests end the process at a step
+	maxBackoff time.Duration     // tests are impatient
 
 	probing sync.Mutex
 	works   map[string]bool // transports that have proved to work; guarded by probing
@@ -95,6 +97,7 @@ func New(cfg Config) (*Supervisor, error) {
 		cfg:         cfg,
 		bootID:      id,
 		at:          func(string) {},
+		maxBackoff:  defaultMaxBackoff,
 		works:       map[string]bool{},
 		attachments: map[string]*attachment{},
 	}, nil
@@ -143,19 +146,33 @@ func (s *Supervisor) Run(ctx context.Context) error {
 
 // lock makes sure that there is one supervisor for a state directory.
 func (s *Supervisor) lock() (*os.File, error) {
-	path := filepath.Join(s.cfg.StateDir, "supervisor.lock")
+	path := lockPath(s.cfg.StateDir)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("supervisor: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
 		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
+		if errors.Is(err, unix.EAGAIN) {
 			err = block.ErrLocked
 		}
 		return nil, fmt.Errorf("supervisor: lock %s: %w", path, err)
 	}
 	return f, nil
+}
+
+func lockPath(stateDir string) string { return filepath.Join(stateDir, "supervisor.lock") }
+
+// isLocked says whether a supervisor runs for a state directory, or is starting or
+// ending. It does not get in its way.
+func isLocked(stateDir string) bool {
+	f, err := os.Open(lockPath(stateDir))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	lock := unix.Flock_t{Type: unix.F_WRLCK}
+	return unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lock) == nil && lock.Type != unix.F_UNLCK
 }
 
 // listen makes the API's socket, replacing a dead supervisor's.
