@@ -1,0 +1,114 @@
+package formattest
+
+import (
+	"fmt"
+	"path"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
+)
+
+// Factory describes one kind of image of a format: the suite runs once for each.
+type Factory struct {
+	// Name is the name of the subtest: "sparse", "flat".
+	Name string
+	// Format is under test.
+	Format formats.Format
+	// Create is what images are created with. The suite sets FS, Name, SizeBytes and
+	// Parent.
+	Create formats.CreateRequest
+	// Overlay is what images that stand on one of this kind, or on another overlay, are
+	// created with; nil: there are none.
+	Overlay *formats.CreateRequest
+	// FileName is the main file's name; "" means "disk." and the format's name.
+	FileName string
+	// SizeBytes is the guest size; 0 means 20 clusters and a bit. The suite holds
+	// several copies of the whole disk in memory and reads it many thousand times.
+	SizeBytes int64
+	// QEMU is what qemu-img calls the format; "" if it cannot read such images.
+	QEMU string
+	// Headerless says that what a crash leaves of an image being created cannot be told
+	// from a smaller image.
+	Headerless bool
+	// CannotGrow says that Resize is refused.
+	CannotGrow bool
+}
+
+// Run tests images of the factories' kinds.
+func Run(t *testing.T, factories ...Factory) {
+	for _, f := range factories {
+		f.register()
+		t.Run(f.Name, func(t *testing.T) {
+			for _, part := range parts {
+				t.Run(part.name, func(t *testing.T) {
+					checkGoroutines(t)
+					part.test(t, f)
+				})
+			}
+		})
+	}
+}
+
+// parts are the subtests, the quickest to tell what is wrong first.
+var parts = []struct {
+	name string
+	test func(*testing.T, Factory)
+}{
+	{"Model", testModel},
+}
+
+// register makes the format known, so that formats.Open finds it.
+func (f Factory) register() {
+	if _, err := formats.Lookup(f.Format.Name()); err != nil {
+		formats.Register(f.Format)
+	}
+}
+
+// fileName returns the name of a layer's main file, 0 being the bottom of a chain.
+func (f Factory) fileName(layer int) string {
+	name := f.FileName
+	if name == "" {
+		name = "disk." + f.Format.Name()
+	}
+	if layer == 0 {
+		return name
+	}
+	ext := path.Ext(name)
+	return fmt.Sprintf("%s-%06d%s", name[:len(name)-len(ext)], layer, ext)
+}
+
+// shape returns the form of the disks that are tested.
+func (f Factory) shape() shape {
+	options := f.Format.Options()
+	s := shape{quantum: max(options.SizeMultiple, 1), cluster: f.Create.ClusterBytes, size: f.SizeBytes}
+	if s.cluster == 0 {
+		s.cluster = options.DefaultClusterBytes
+	}
+	if s.cluster == 0 {
+		s.cluster = 64 << 10
+	}
+	if s.size == 0 {
+		s.size = 20*s.cluster + 5*512 // not a multiple of a cluster
+		s.size = (s.size + s.quantum - 1) / s.quantum * s.quantum
+	}
+	s.maxGrow = s.size + 8*s.cluster
+	return s
+}
+
+// checkGoroutines fails the test if it leaves goroutines behind.
+func checkGoroutines(t *testing.T) {
+	before := runtime.NumGoroutine()
+	t.Cleanup(func() {
+		for range 200 {
+			if runtime.NumGoroutine() <= before {
+				return
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		stacks := make([]byte, 64<<10)
+		stacks = stacks[:runtime.Stack(stacks, true)]
+		t.Errorf("%d goroutines, %d before the test:\n%s", runtime.NumGoroutine(), before, stacks)
+	})
+}

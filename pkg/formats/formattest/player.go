@@ -1,0 +1,342 @@
+package formattest
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"sync"
+	"testing"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// player plays steps on a rig and keeps the model of what it must hold.
+type player struct {
+	rig *rig
+	ops int // played so far; stamps the data
+
+	// mu guards m: hooks of the file system look at it in the middle of a step.
+	mu        sync.Mutex
+	m         *model
+	inFlight  []change // of the step being played
+	sizes     []int64  // that the disk may have: the present one last
+	poisoned  bool     // no write or flush may succeed until the image is reopened
+	snapshots []snapshot
+}
+
+// snapshot is what a layer that was pushed down must hold for ever.
+type snapshot struct {
+	name string
+	contents
+}
+
+// newPlayer creates and opens an image on a chain of depth-1 others that have something
+// in them, made by random steps.
+func newPlayer(t testing.TB, f Factory, fsys vfs.FS, r *rand.Rand, depth int) *player {
+	t.Helper()
+	s := f.shape()
+	rig, err := newRig(f, fsys, s.size)
+	if err != nil {
+		t.Fatalf("create: %v", err)
+	}
+	p := &player{rig: rig, m: newModel(newContents(s.size)), sizes: []int64{s.size}}
+	if err := rig.open(vfs.ReadWrite); err != nil {
+		t.Fatalf("open: %v", err)
+	}
+	for range depth - 1 {
+		p.play(t, newScript(r, s, mix{opWrite: 6, opZero: 2, opDiscard: 1}, 12))
+		p.mustStep(t, op{kind: opPush})
+	}
+	return p
+}
+
+// play plays a script in which nothing may fail.
+func (p *player) play(t testing.TB, script []op) {
+	t.Helper()
+	for i, o := range script {
+		ioErr, wrong := p.step(o)
+		if unsupported(o, ioErr) {
+			ioErr = nil
+		}
+		if err := errors.Join(ioErr, wrong); err != nil {
+			t.Fatalf("step %d of %d, %s (operation %06x): %v\nsteps until then:\n%s", i, len(script), o, p.ops, err, show(script, i))
+		}
+	}
+}
+
+func (p *player) mustStep(t testing.TB, o op) {
+	t.Helper()
+	p.play(t, []op{o})
+}
+
+// unsupported reports whether a step was refused as it may be.
+func unsupported(o op, err error) bool {
+	return o.kind == opZero && o.flags&block.ZeroFastOnly != 0 && errors.Is(err, block.ErrUnsupported)
+}
+
+// step plays one step. ioErr is what the disk answered, wrong what it should not have
+// answered.
+func (p *player) step(o op) (ioErr, wrong error) {
+	p.ops++
+	switch o.kind {
+	case opRead:
+		return p.read(o)
+	case opMap:
+		return p.mapRange(o)
+	case opWrite, opZero, opDiscard:
+		ioErr = p.change(o)
+	case opFlush:
+		ioErr = p.flush()
+	case opReopen:
+		ioErr = p.reopen()
+	case opGrow:
+		ioErr, wrong = p.grow(o)
+	case opPush:
+		ioErr = p.push()
+	}
+	return ioErr, errors.Join(wrong, p.checkPoison(o, ioErr))
+}
+
+// checkPoison holds the disk to its word: after a failed flush nothing succeeds.
+func (p *player) checkPoison(o op, ioErr error) error {
+	switch o.kind {
+	case opWrite, opZero, opFlush:
+		if p.poisoned && !errors.Is(ioErr, block.ErrPoisoned) {
+			return fmt.Errorf("after a failed flush: %v, want %w", ioErr, block.ErrPoisoned)
+		}
+		p.poisoned = p.poisoned || errors.Is(ioErr, block.ErrPoisoned) || o.kind == opFlush && ioErr != nil
+	}
+	return nil
+}
+
+func (p *player) read(o op) (ioErr, wrong error) {
+	got := bytes.Repeat([]byte{'?'}, int(o.n))
+	n, err := p.rig.img.ReadAt(got, o.off)
+	if err == nil && n != len(got) {
+		return nil, fmt.Errorf("read %d of %d bytes without an error", n, len(got))
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return err, p.m.live.settle(o.off, got[:n])
+}
+
+// change writes, zeroes or discards.
+func (p *player) change(o op) error {
+	ch := change{what: fmt.Sprintf("operation %06x, %s", p.ops, o), off: o.off, n: o.n}
+	if o.kind == opWrite {
+		ch.data = stamp(p.ops, o.off, o.n)
+	}
+	p.begin(ch)
+	err := p.ask(o, ch)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.inFlight = nil
+	switch {
+	case unsupported(o, err), errors.Is(err, block.ErrPoisoned):
+		// It did nothing.
+	case err != nil || o.kind == opDiscard:
+		p.m.live.allow(ch)
+	default:
+		p.m.live.set(ch)
+	}
+	return err
+}
+
+func (p *player) begin(ch change) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.inFlight = []change{p.m.begin(ch)}
+}
+
+func (p *player) ask(o op, ch change) error {
+	switch o.kind {
+	case opZero:
+		return p.rig.img.WriteZeroes(o.off, o.n, o.flags)
+	case opDiscard:
+		return p.rig.img.Discard(o.off, o.n)
+	}
+	n, err := p.rig.img.WriteAt(ch.data, o.off)
+	if err == nil && n != len(ch.data) {
+		return fmt.Errorf("wrote %d of %d bytes without an error", n, len(ch.data))
+	}
+	return err
+}
+
+func (p *player) flush() error {
+	err := p.rig.img.Flush()
+	if err == nil {
+		p.noteFlushed()
+	}
+	return err
+}
+
+func (p *player) noteFlushed() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.m.flushed()
+}
+
+// reopen closes the image and opens it again.
+func (p *player) reopen() error {
+	err := p.close()
+	return errors.Join(err, p.rig.open(vfs.ReadWrite))
+}
+
+// close closes the image. If that fails, what was not flushed may be lost.
+func (p *player) close() error {
+	err := p.rig.close()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.poisoned = false
+	if err == nil {
+		p.m.flushed()
+	} else {
+		p.m.lose()
+	}
+	return err
+}
+
+func (p *player) grow(o op) (ioErr, wrong error) {
+	p.mu.Lock()
+	old := p.m.size()
+	p.sizes = []int64{old, o.off}
+	p.mu.Unlock()
+
+	ioErr = p.rig.img.Resize(o.off)
+	size := p.rig.img.Info().SizeBytes
+
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if size != o.off && (ioErr == nil || size != old) {
+		return ioErr, fmt.Errorf("the disk has %d bytes, want %d; it had %d", size, o.off, old)
+	}
+	p.m.grow(size)
+	if ioErr == nil {
+		p.sizes = []int64{size}
+	}
+	return ioErr, nil
+}
+
+func (p *player) push() error {
+	name := p.rig.top()
+	err := p.rig.push()
+	if p.rig.top() == name {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.m.flushed()
+	p.sizes = []int64{p.m.size()}
+	p.snapshots = append(p.snapshots, snapshot{name, p.m.live.clone()})
+	return err
+}
+
+// mapRange asks for a range's first extent, and looks whether what it says is so.
+func (p *player) mapRange(o op) (ioErr, wrong error) {
+	if o.n == 0 {
+		return nil, nil
+	}
+	e, err := p.rig.img.Map(o.off, o.n)
+	if err != nil {
+		return err, nil
+	}
+	if e.Off != o.off || e.Len <= 0 || e.Len > o.n {
+		return nil, fmt.Errorf("map returned %+v", e)
+	}
+	got := make([]byte, e.Len)
+	if e.State == block.Data {
+		if e.FileOff < 0 {
+			return nil, nil
+		}
+		if err := readMapped(p.rig.fs, e, got); err != nil {
+			return err, nil
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.m.live.settle(o.off, got); err != nil {
+		return nil, fmt.Errorf("map returned %+v, but %w", e, err)
+	}
+	return nil, nil
+}
+
+// readMapped reads an extent where it says that it is.
+func readMapped(fsys vfs.FS, e block.Extent, p []byte) error {
+	f, err := fsys.Open(e.File, vfs.ReadOnly)
+	if err != nil {
+		return err
+	}
+	_, err = f.ReadAt(p, e.FileOff)
+	if err == io.EOF { // past the end are zeroes
+		err = nil
+	}
+	return errors.Join(err, f.Close())
+}
+
+// finish reads everything back, before and after closing, and checks all images.
+func (p *player) finish(t testing.TB) {
+	t.Helper()
+	for _, what := range []string{"before closing", "after opening again"} {
+		if err := p.readBack(); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		if err := p.reopen(); err != nil {
+			t.Fatalf("reopen: %v", err)
+		}
+	}
+	p.mustClose(t)
+	if err := p.rig.check(false); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range p.snapshots {
+		if err := s.check(p.rig); err != nil {
+			t.Fatalf("snapshot %s: %v", s.name, err)
+		}
+	}
+}
+
+func (p *player) mustClose(t testing.TB) {
+	t.Helper()
+	if err := p.close(); err != nil {
+		t.Fatalf("close: %v", err)
+	}
+}
+
+// readBack reads the whole disk, and asks where each byte of it is.
+func (p *player) readBack() error {
+	size := p.rig.img.Info().SizeBytes
+	if size != p.m.size() {
+		return fmt.Errorf("the disk has %d bytes, want %d", size, p.m.size())
+	}
+	if err := errors.Join(p.read(op{n: size})); err != nil {
+		return err
+	}
+	for off := int64(0); off < size; {
+		e, err := p.rig.img.Map(off, size-off)
+		if err := errors.Join(err, errors.Join(p.mapRange(op{off: off, n: size - off}))); err != nil {
+			return err
+		}
+		off += e.Len
+	}
+	return nil
+}
+
+// check opens what was the top once and compares.
+func (s *snapshot) check(r *rig) error {
+	at := r.on(r.fs)
+	at.names = []string{s.name}
+	if err := at.open(vfs.ReadOnly); err != nil {
+		return err
+	}
+	got, err := at.readAll()
+	if err = errors.Join(err, at.close()); err != nil {
+		return err
+	}
+	if len(got) != len(s.bytes) {
+		return fmt.Errorf("%d bytes, want %d", len(got), len(s.bytes))
+	}
+	return s.contents.check(0, got, nil)
+}

@@ -1,0 +1,145 @@
+package formattest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// rig is an image under test, with the chain it stands on, in one file system. Its
+// methods return errors: some tests make them fail.
+type rig struct {
+	f     Factory
+	fs    vfs.FS
+	names []string // of the chain's main files, the top one last
+	made  int      // images made: a name is not used twice
+	img   *formats.Image
+}
+
+// newRig creates a chain of one layer, not open.
+func newRig(f Factory, fsys vfs.FS, size int64) (*rig, error) {
+	req := f.Create
+	req.FS, req.Name, req.SizeBytes = fsys, f.fileName(0), size
+	if err := f.Format.Create(context.Background(), req); err != nil {
+		return nil, err
+	}
+	return &rig{f: f, fs: fsys, names: []string{req.Name}, made: 1}, nil
+}
+
+// on returns a rig for the same chain in another file system, not open.
+func (r *rig) on(fsys vfs.FS) *rig {
+	return &rig{f: r.f, fs: fsys, names: slices.Clone(r.names), made: r.made}
+}
+
+func (r *rig) top() string { return r.names[len(r.names)-1] }
+
+func (r *rig) open(mode vfs.Mode) error {
+	img, err := openImage(r.fs, r.f, r.top(), mode)
+	if err != nil {
+		return err
+	}
+	r.img = img
+	return nil
+}
+
+func openImage(fsys vfs.FS, f Factory, name string, mode vfs.Mode) (*formats.Image, error) {
+	return formats.Open(context.Background(), fsys, name, formats.OpenOptions{Format: f.Format.Name(), Mode: mode})
+}
+
+// close closes the image; it is released whatever close returns.
+func (r *rig) close() error {
+	img := r.img
+	r.img = nil
+	if img == nil {
+		return nil
+	}
+	return img.Close()
+}
+
+// stack puts an overlay on a chain that is not open.
+func (r *rig) stack() error {
+	parent, err := r.f.Format.Open(formats.OpenRequest{FS: r.fs, Name: r.top(), Mode: vfs.ReadOnly})
+	if err != nil {
+		return err
+	}
+	name, err := r.createOverlay(parent)
+	if err := errors.Join(err, parent.Close()); err != nil {
+		return err
+	}
+	r.names = append(r.names, name)
+	return nil
+}
+
+// createOverlay creates an overlay on the top image, which parent is.
+func (r *rig) createOverlay(parent *engine.Layer) (name string, err error) {
+	req := *r.f.Overlay
+	req.FS, req.Name = r.fs, r.f.fileName(r.made)
+	req.Parent = &formats.Parent{Name: r.top(), Layer: parent}
+	r.made++
+	return req.Name, r.f.Format.Create(context.Background(), req)
+}
+
+// push makes a new overlay the top of the open image. When it fails, the rig is where
+// the image is.
+func (r *rig) push() error {
+	old := r.img.Layers()[0]
+	name, err := r.createOverlay(old)
+	if err != nil {
+		return err
+	}
+	layer, err := r.f.Format.Open(formats.OpenRequest{FS: r.fs, Name: name, Mode: vfs.ReadWrite})
+	if err != nil {
+		return err
+	}
+	err = r.img.Push(layer)
+	if r.img.Layers()[0] == old {
+		return errors.Join(err, layer.Close())
+	}
+	r.names = append(r.names, name)
+	return err
+}
+
+// readAll reads the whole open disk.
+func (r *rig) readAll() ([]byte, error) {
+	p := make([]byte, r.img.Info().SizeBytes)
+	if _, err := r.img.ReadAt(p, 0); err != nil {
+		return nil, fmt.Errorf("read all %d bytes: %w", len(p), err)
+	}
+	return p, nil
+}
+
+// check has the format check every layer of a chain that is not open: corruption is an
+// error, and so are leaks unless they are allowed.
+func (r *rig) check(leaksAllowed bool) error {
+	for _, name := range r.names {
+		if err := checkLayer(r.fs, r.f, name, leaksAllowed); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkLayer(fsys vfs.FS, f Factory, name string, leaksAllowed bool) error {
+	layer, err := f.Format.Open(formats.OpenRequest{FS: fsys, Name: name, Mode: vfs.ReadOnly})
+	if err != nil {
+		return err
+	}
+	result, err := layer.Codec.Check(context.Background(), nil, func(done, total int64) {})
+	if err = errors.Join(err, layer.Close()); err != nil {
+		return fmt.Errorf("check %s: %w", name, err)
+	}
+	if result.Corruptions == 0 && (leaksAllowed || result.Leaks == 0) {
+		return nil
+	}
+	err = fmt.Errorf("check %s: %w: %d corruptions, %d leaks", name, block.ErrCorrupt, result.Corruptions, result.Leaks)
+	for _, p := range result.Problems {
+		err = fmt.Errorf("%w\n  %s", err, p.Text)
+	}
+	return err
+}

@@ -1,0 +1,19 @@
+package raw_test
+
+import (
+	"testing"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/formattest"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/raw"
+)
+
+func TestConformance(t *testing.T) {
+	formattest.Run(t,
+		formattest.Factory{Name: "sparse", Format: raw.Format{}, QEMU: "raw", Headerless: true},
+		formattest.Factory{
+			Name: "full", Format: raw.Format{}, QEMU: "raw", Headerless: true, SizeBytes: 512<<10 + 512,
+			Create: formats.CreateRequest{Preallocation: formats.PreallocateFull},
+		},
+	)
+}
