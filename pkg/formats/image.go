@@ -36,6 +36,9 @@ type Image struct {
 // Open opens the image name in fs with everything it stands on. Parents are opened
 // read-only. On an error nothing stays open.
 func Open(ctx context.Context, fs vfs.FS, name string, opts OpenOptions) (*Image, error) {
+	if err := replay(fs, name, opts); err != nil {
+		return nil, err
+	}
 	layers, err := openChain(ctx, fs, name, opts)
 	if err != nil {
 		return nil, err
@@ -45,6 +48,20 @@ func Open(ctx context.Context, fs vfs.FS, name string, opts OpenOptions) (*Image
 		return nil, errors.Join(fmt.Errorf("open %s: %w", name, err), closeLayers(layers))
 	}
 	return &Image{Disk: disk}, nil
+}
+
+// replay brings back what a killed process had completed but not yet flushed. The image
+// is opened alone for it and closed again, because its tables change underneath.
+func replay(fs vfs.FS, name string, opts OpenOptions) error {
+	if opts.Journal == nil || opts.Mode != vfs.ReadWrite {
+		return nil
+	}
+	layer, err := openLayer(fs, name, opts.Format, opts.Mode, opts.NoLock)
+	if err != nil {
+		return err
+	}
+	_, err = engine.Replay(layer, opts.Journal)
+	return errors.Join(err, layer.Close())
 }
 
 // openChain opens the layers of a chain, the top one first.

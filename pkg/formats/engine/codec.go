@@ -61,7 +61,8 @@ type Codec interface {
 	Finish(c *Commit) error
 
 	// Grow enlarges the image to size bytes, crash-safely: durable when it returns,
-	// and either the old or the new size at any moment before.
+	// and either the old or the new size at any moment before. When it fails, the
+	// image is used on at its old size.
 	Grow(c *Commit, size int64) error
 
 	// Identity returns bytes that change whenever somebody else changes the image,

@@ -24,10 +24,13 @@ type Sector struct {
 	Data  []byte // 512 bytes; less at the very end of a file whose length is odd
 }
 
+// bareCommit is for ordered writes beside the tables.
+func bareCommit(l *Layer) *Commit { return &Commit{layer: l, unsynced: map[int]bool{}} }
+
 // newCommit takes over the layer's dirty sectors. The caller holds the mapping lock
 // exclusively.
 func newCommit(l *Layer) *Commit {
-	c := &Commit{layer: l, unsynced: map[int]bool{}}
+	c := bareCommit(l)
 	for key, p := range l.Tables.dirty {
 		c.take(key, p)
 	}
@@ -70,27 +73,41 @@ func (c *Commit) Sectors() []Sector { return c.sectors }
 
 // WriteTables writes the changed sectors of a stage in place. It does not sync.
 func (c *Commit) WriteTables(stage Stage) error {
-	for i := 0; i < len(c.sectors); {
-		s := c.sectors[i]
-		i++
+	var run []Sector
+	for _, s := range c.sectors {
 		if s.Stage != stage {
 			continue
 		}
-		data := s.Data
-		for i < len(c.sectors) && c.follows(s, len(data), c.sectors[i]) {
-			data = append(data[:len(data):len(data)], c.sectors[i].Data...)
-			i++
+		if len(run) > 0 && !follows(run, s) {
+			if err := c.writeRun(run); err != nil {
+				return err
+			}
+			run = run[:0]
 		}
-		if err := c.WriteAt(s.File, data, s.Off); err != nil {
-			return err
-		}
+		run = append(run, s)
 	}
-	return nil
+	return c.writeRun(run)
 }
 
-// follows reports whether next continues the n bytes that start with first, in one write.
-func (c *Commit) follows(first Sector, n int, next Sector) bool {
-	return next.Stage == first.Stage && next.File == first.File && next.Off == first.Off+int64(n) && n < 1<<20
+// follows reports whether s is to be written together with a run of adjacent sectors.
+func follows(run []Sector, s Sector) bool {
+	const most = 1 << 20 / sectorBytes
+	last := run[len(run)-1]
+	return s.File == last.File && s.Off == last.Off+int64(len(last.Data)) && len(run) < most
+}
+
+func (c *Commit) writeRun(run []Sector) error {
+	if len(run) == 0 {
+		return nil
+	}
+	if len(run) == 1 {
+		return c.WriteAt(run[0].File, run[0].Data, run[0].Off)
+	}
+	data := make([]byte, 0, len(run)*sectorBytes)
+	for _, s := range run {
+		data = append(data, s.Data...)
+	}
+	return c.WriteAt(run[0].File, data, run[0].Off)
 }
 
 // WriteAt writes to a file at once, past the tables' cache: for headers and logs, and for

@@ -2,6 +2,8 @@ package engine
 
 import (
 	"errors"
+	"path"
+	"sync/atomic"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -17,6 +19,10 @@ type Layer struct {
 
 	// Writable says that the image was opened for writing.
 	Writable bool
+
+	geometry Geometry      // of the codec, as of the last change of size
+	unsynced []atomic.Bool // per file: guest data was written since its last sync
+	changed  bool          // it was written before it was frozen
 }
 
 // ParentLink is an image's reference to the image it stands on, as far as its own
@@ -48,4 +54,10 @@ func (l *Layer) Close() error {
 		errs = append(errs, f.Close())
 	}
 	return errors.Join(errs...)
+}
+
+// journalIdentity is what a redo journal is matched with: the image, unchanged by others
+// since. The directory does not count: the same image may be reached from other roots.
+func (l *Layer) journalIdentity() []byte {
+	return append([]byte(l.Format+"\x00"+path.Base(l.Name)+"\x00"), l.Codec.Identity()...)
 }

@@ -61,7 +61,7 @@ type page struct {
 func newTables(files []vfs.File) *Tables {
 	t := &Tables{
 		files: files, maxPages: defaultMaxPages,
-		dirty: map[pageKey]*page{}, reserve: make([]bool, len(files)), reserved: map[pageKey]struct{}{},
+		held: map[pageKey]*page{}, dirty: map[pageKey]*page{}, reserve: make([]bool, len(files)), reserved: map[pageKey]struct{}{},
 	}
 	for i := range t.shards {
 		t.shards[i].pages = map[pageKey]*page{}
@@ -99,9 +99,10 @@ func (t *Tables) Read(file int, off int64, p []byte) error {
 
 // Write changes table bytes in memory; stage says when a commit writes the sectors they
 // lie in. A sector belongs to the last stage written to it, so tables of different
-// stages must not share sectors. When it fails, nothing has changed.
+// stages must not share sectors. When it fails, nothing has changed; it cannot fail
+// within a range that was prepared during the same call of a Codec's method.
 func (t *Tables) Write(stage Stage, file int, off int64, p []byte) error {
-	if err := t.prepare(file, off, int64(len(p))); err != nil {
+	if err := t.Prepare(file, off, int64(len(p))); err != nil {
 		return err
 	}
 	if t.record != nil {
@@ -111,20 +112,29 @@ func (t *Tables) Write(stage Stage, file int, off int64, p []byte) error {
 	return nil
 }
 
-// prepare loads the pages of a range and makes sure that the file system has space for
-// them, so that a later commit cannot fail for want of it.
-func (t *Tables) prepare(file int, off, n int64) error {
+// Prepare loads the pages of a range and makes sure that the file system has space for
+// them, so that neither a Write there nor a later commit can fail for want of it. A
+// Codec that changes several ranges together prepares all of them first.
+func (t *Tables) Prepare(file int, off, n int64) error {
 	for at := off &^ (pageBytes - 1); at < off+n; at += pageBytes {
 		key := pageKey{file, at}
-		if _, err := t.page(key); err != nil {
+		if t.held[key] != nil {
+			continue
+		}
+		p, err := t.page(key)
+		if err != nil {
 			return err
 		}
 		if err := t.reservePage(key); err != nil {
 			return err
 		}
+		t.held[key] = p
 	}
 	return nil
 }
+
+// letGo ends a change: prepared pages may be evicted again.
+func (t *Tables) letGo() { clear(t.held) }
 
 func (t *Tables) reservePage(key pageKey) error {
 	if _, ok := t.reserved[key]; ok || !t.reserve[key.file] {
@@ -151,11 +161,12 @@ func (t *Tables) reservePage(key pageKey) error {
 	return nil
 }
 
-// apply puts bytes into pages that prepare has loaded.
+// apply puts bytes into pages that are held.
 func (t *Tables) apply(stage Stage, file int, off int64, p []byte) {
 	for len(p) > 0 {
 		key := pageKey{file, off &^ (pageBytes - 1)}
-		pg := t.cached(key)
+		pg := t.held[key]
+		t.keep(key, pg)
 		in := off - key.off
 		n := copy(pg.data[in:], p)
 		for s := in / sectorBytes; s <= (in+int64(n)-1)/sectorBytes; s++ {
@@ -166,6 +177,14 @@ func (t *Tables) apply(stage Stage, file int, off int64, p []byte) {
 		t.dirty[key] = pg
 		p, off = p[n:], off+int64(n)
 	}
+}
+
+// keep puts a held page, which may have been evicted meanwhile, back into the cache.
+func (t *Tables) keep(key pageKey, p *page) {
+	s := t.shard(key)
+	s.mu.Lock()
+	s.pages[key] = p
+	s.mu.Unlock()
 }
 
 func (t *Tables) shard(key pageKey) *tableShard {

@@ -1,0 +1,219 @@
+package engine
+
+import (
+	"fmt"
+	"io"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// ReadAt implements block.Device.
+func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
+	d.gate.RLock()
+	defer d.gate.RUnlock()
+	if err := block.CheckRange(off, int64(len(p)), d.size.Load()); err != nil {
+		return 0, err
+	}
+	d.stats.read(len(p))
+	return d.readChain(0, p, off)
+}
+
+// readChain reads what the layers from first downwards hold.
+func (d *Disk) readChain(first int, p []byte, off int64) (int, error) {
+	done := 0
+	for done < len(p) {
+		at := off + int64(done)
+		i, run, err := d.resolve(first, at, int64(len(p)-done))
+		if err != nil {
+			return done, err
+		}
+		part := p[done : done+int(run.Len)]
+		if err := d.readRun(i, run, part, at); err != nil {
+			return done, err
+		}
+		done += len(part)
+	}
+	return done, nil
+}
+
+// resolve finds the layer that holds the guest bytes at off, from layer first
+// downwards. An Absent run means that none does: the bytes are zero.
+func (d *Disk) resolve(first int, off, n int64) (int, Run, error) {
+	d.mapping.RLock()
+	defer d.mapping.RUnlock()
+	for i := first; i < len(d.layers); i++ {
+		l := d.layers[i]
+		if off >= l.geometry.SizeBytes {
+			// A shorter parent ends here, and hides what is below it.
+			return i, Run{State: Absent, Len: n}, nil
+		}
+		n = min(n, l.geometry.SizeBytes-off)
+		run, err := l.Codec.Lookup(off, n)
+		if err != nil {
+			return i, Run{}, fmt.Errorf("%s: %s: find guest offset %d: %w", l.Format, l.Name, off, err)
+		}
+		run.Len = min(run.Len, n)
+		if run.State != Absent {
+			return i, run, nil
+		}
+		n = run.Len
+	}
+	return len(d.layers), Run{State: Absent, Len: n}, nil
+}
+
+// readRun reads the bytes of a run of layer i.
+func (d *Disk) readRun(i int, run Run, p []byte, off int64) error {
+	switch run.State {
+	case Data:
+		l := d.layers[i]
+		if l.geometry.Cipher != nil {
+			return readCiphered(l, run, p, off)
+		}
+		return readFile(l.Files[run.File], p, run.FileOff)
+	case Compressed:
+		return d.readCompressed(i, run, p, off)
+	}
+	clear(p)
+	return nil
+}
+
+// readFile fills p. Past the end of the file are zeroes: the last cluster of an image may
+// be shorter than a cluster.
+func readFile(f vfs.File, p []byte, off int64) error {
+	n, err := f.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if err == io.EOF {
+		clear(p[n:])
+		return nil
+	}
+	return fmt.Errorf("read %d bytes at %#x of %s: %w", len(p), off, f.Name(), err)
+}
+
+const cipherSector = 512
+
+// readCiphered reads whole sectors around a range and decrypts them.
+func readCiphered(l *Layer, run Run, p []byte, off int64) error {
+	head := off % cipherSector
+	buf := make([]byte, alignUp(head+int64(len(p)), cipherSector))
+	if err := readFile(l.Files[run.File], buf, run.FileOff-head); err != nil {
+		return err
+	}
+	l.geometry.Cipher.Decrypt(buf, off-head)
+	copy(p, buf[head:])
+	return nil
+}
+
+func (d *Disk) readCompressed(i int, run Run, p []byte, off int64) error {
+	l := d.layers[i]
+	granule, err := d.inflated.get(inflatedKey{l, run.GranuleOff}, func() ([]byte, error) {
+		buf := make([]byte, run.GranuleLen)
+		err := l.Codec.ReadCompressed(run, buf)
+		return buf, err
+	})
+	if err != nil {
+		return fmt.Errorf("%s: %s: inflate guest offset %d: %w", l.Format, l.Name, run.GranuleOff, err)
+	}
+	copy(p, granule[off-run.GranuleOff:])
+	return nil
+}
+
+// Map implements block.Device.
+func (d *Disk) Map(off, n int64) (block.Extent, error) {
+	d.gate.RLock()
+	defer d.gate.RUnlock()
+	if err := block.CheckRange(off, n, d.size.Load()); err != nil {
+		return block.Extent{}, err
+	}
+	if n == 0 {
+		return block.Extent{Off: off, FileOff: -1}, nil
+	}
+	return d.extent(0, off, n)
+}
+
+// MapLayer describes what one layer alone holds, depth counted from the top: parents
+// are not consulted. It is otherwise like Map.
+func (d *Disk) MapLayer(depth int, off, n int64) (block.Extent, error) {
+	d.gate.RLock()
+	defer d.gate.RUnlock()
+	if depth < 0 || depth >= len(d.layers) {
+		return block.Extent{}, fmt.Errorf("layer %d of %d: %w", depth, len(d.layers), block.ErrInvalid)
+	}
+	l := d.layers[depth]
+	if err := block.CheckRange(off, n, l.geometry.SizeBytes); err != nil || n == 0 {
+		return block.Extent{Off: off, FileOff: -1}, err
+	}
+	d.mapping.RLock()
+	run, err := l.Codec.Lookup(off, n)
+	d.mapping.RUnlock()
+	if err != nil {
+		return block.Extent{}, fmt.Errorf("%s: %s: find guest offset %d: %w", l.Format, l.Name, off, err)
+	}
+	run.Len = min(run.Len, n)
+	return d.describe(depth, run, off)
+}
+
+// extent merges adjacent runs that are the same to a reader.
+func (d *Disk) extent(first int, off, n int64) (block.Extent, error) {
+	var all block.Extent
+	for n > 0 {
+		i, run, err := d.resolve(first, off, n)
+		if err != nil {
+			return all, err
+		}
+		e, err := d.describe(i, run, off)
+		if err != nil {
+			return all, err
+		}
+		if all.Len == 0 {
+			all = e
+		} else if continues(all, e) {
+			all.Len += e.Len
+		} else {
+			break
+		}
+		off, n = off+e.Len, n-e.Len
+	}
+	return all, nil
+}
+
+// continues reports whether b carries on where a ends, in the guest and in the file.
+func continues(a, b block.Extent) bool {
+	if a.State != b.State || a.Depth != b.Depth || a.Compressed != b.Compressed || a.File != b.File {
+		return false
+	}
+	return a.FileOff < 0 && b.FileOff < 0 || a.FileOff >= 0 && a.FileOff+a.Len == b.FileOff
+}
+
+// describe turns a run of layer i into an extent. Holes in flat files count as zeroes:
+// that is all that is known about a raw disk.
+func (d *Disk) describe(i int, run Run, off int64) (block.Extent, error) {
+	e := block.Extent{Off: off, Len: run.Len, State: run.State.blockState(), Depth: i, FileOff: -1}
+	if i >= len(d.layers) || run.State == Absent || run.State == Zero {
+		return e, nil
+	}
+	f := d.layers[i].Files[run.File]
+	e.File = f.Name()
+	if run.State == Compressed {
+		e.Compressed = true
+		return e, nil
+	}
+	e.FileOff = run.FileOff
+	if !run.Flat || d.layers[i].geometry.Cipher != nil {
+		return e, nil
+	}
+	start, end, err := f.NextData(run.FileOff)
+	switch {
+	case err == io.EOF || err == nil && start >= run.FileOff+run.Len:
+		e.State = block.Zero
+	case err != nil:
+		return e, fmt.Errorf("find data at %#x of %s: %w", run.FileOff, f.Name(), err)
+	case start > run.FileOff:
+		e.State, e.Len = block.Zero, start-run.FileOff
+	default:
+		e.Len = min(e.Len, end-run.FileOff)
+	}
+	return e, nil
+}

@@ -1,0 +1,336 @@
+package engine
+
+import (
+	"fmt"
+)
+
+// WriteAt implements block.Device.
+func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
+	n, err := d.writeAt(p, off)
+	if err == nil {
+		err = d.relieve()
+	}
+	return n, err
+}
+
+func (d *Disk) writeAt(p []byte, off int64) (int, error) {
+	d.gate.RLock()
+	defer d.gate.RUnlock()
+	if err := d.checkWrite(off, int64(len(p))); err != nil || len(p) == 0 {
+		return 0, err
+	}
+	if err := d.begin(); err != nil {
+		return 0, err
+	}
+	d.stats.write(len(p))
+	done := 0
+	for done < len(p) {
+		n, err := d.writeSome(bytesFrom(p[done:]), off+int64(done))
+		done += int(n)
+		if err != nil {
+			return done, err
+		}
+	}
+	return done, d.noted()
+}
+
+// noted returns once what the caller changed in tables is in the journal. When the
+// journal cannot take it, the change is made durable in the image instead.
+func (d *Disk) noted() error {
+	if err := d.journal.sync(); err != nil {
+		d.pressure.Store(true)
+	}
+	return nil
+}
+
+// relieve commits when uncommitted changes take much memory or the journal failed. The
+// caller holds nothing.
+func (d *Disk) relieve() error {
+	if !d.pressure.Load() {
+		return nil
+	}
+	return d.Flush()
+}
+
+// content is what is written: bytes, or that many zeroes.
+type content struct {
+	p     []byte
+	n     int64
+	solid bool // zeroes are written even where they would not have to be
+}
+
+func bytesFrom(p []byte) content { return content{p: p, n: int64(len(p))} }
+func zeroes(n int64) content     { return content{n: n} }
+
+func (c content) first(n int64) content {
+	c.n = n
+	if c.p != nil {
+		c.p = c.p[:n]
+	}
+	return c
+}
+
+// writeSome writes leading bytes of what at off and returns how many.
+func (d *Disk) writeSome(what content, off int64) (int64, error) {
+	run, err := d.lookupTop(off, what.n)
+	if err != nil {
+		return 0, err
+	}
+	if run.State == Data {
+		return d.overwrite(what.first(run.Len), off, run)
+	}
+	return d.place(what.first(run.Len), off)
+}
+
+// lookupTop asks the top layer alone.
+func (d *Disk) lookupTop(off, n int64) (Run, error) {
+	d.mapping.RLock()
+	defer d.mapping.RUnlock()
+	l := d.top()
+	run, err := l.Codec.Lookup(off, n)
+	if err != nil {
+		return run, fmt.Errorf("%s: %s: find guest offset %d: %w", l.Format, l.Name, off, err)
+	}
+	run.Len = min(run.Len, n)
+	return run, nil
+}
+
+// overwrite writes bytes that have a place.
+func (d *Disk) overwrite(what content, off int64, run Run) (int64, error) {
+	if d.top().geometry.Cipher != nil {
+		return what.n, d.overwriteCiphered(what, off, run)
+	}
+	return what.n, d.writeFile(run.File, what, run.FileOff)
+}
+
+// overwriteCiphered writes whole sectors, those at the edges with their old rest. They
+// are claimed: two writes to parts of one sector must not both start from the old one.
+func (d *Disk) overwriteCiphered(what content, off int64, run Run) error {
+	start, end := off/cipherSector*cipherSector, alignUp(off+what.n, cipherSector)
+	held := d.claims.acquire(start, end)
+	defer d.claims.release(held)
+	buf := make([]byte, end-start)
+	fileOff := run.FileOff - (off - start)
+	l := d.top()
+	if start != off || end != off+what.n {
+		if err := readFile(l.Files[run.File], buf, fileOff); err != nil {
+			return err
+		}
+		l.geometry.Cipher.Decrypt(buf, start)
+	}
+	if what.p != nil {
+		copy(buf[off-start:], what.p)
+	} else {
+		clear(buf[off-start:][:what.n])
+	}
+	l.geometry.Cipher.Encrypt(buf, start)
+	return d.writeFile(run.File, bytesFrom(buf), fileOff)
+}
+
+// writeFile writes to a file of the top layer and notes that it has to be synced. The
+// note comes after the write: a flush that clears it in between syncs too much, never
+// too little.
+func (d *Disk) writeFile(file int, what content, off int64) error {
+	f := d.top().Files[file]
+	defer d.top().unsynced[file].Store(true)
+	for what.n > 0 {
+		p := what.p
+		if p == nil {
+			p = zeroBytes[:min(what.n, int64(len(zeroBytes)))]
+		}
+		n, err := f.WriteAt(p, off)
+		if err != nil {
+			return fmt.Errorf("write %d bytes at %#x of %s: %w", len(p), off, f.Name(), err)
+		}
+		off += int64(n)
+		if what.n -= int64(n); what.p != nil {
+			what.p = what.p[n:]
+		}
+	}
+	return nil
+}
+
+var zeroBytes [256 << 10]byte
+
+// place writes bytes that have no plain place: it reserves space for their granules,
+// fills it, and changes the mapping.
+func (d *Disk) place(what content, off int64) (int64, error) {
+	start, end := d.granules(off, what.n)
+	held := d.claims.acquire(start, end)
+	defer d.claims.release(held)
+	// Another request may have placed them meanwhile.
+	run, err := d.lookupTop(off, what.n)
+	if err != nil {
+		return 0, err
+	}
+	what = what.first(run.Len)
+	if run.State == Data && d.top().geometry.Cipher == nil {
+		return d.overwrite(what, off, run)
+	}
+	if run.State == Data {
+		return 0, nil // overwriting claims its sectors itself: let the caller ask again
+	}
+	start, end = d.granules(off, what.n)
+	place, err := d.reserve(start, end)
+	if err != nil {
+		return 0, err
+	}
+	end = start + place.Len
+	what = what.first(min(what.n, end-off))
+	if err := d.fill(place, start, end, what, off, run); err != nil {
+		d.giveBack(place)
+		return 0, err
+	}
+	if err := d.set(start, end-start, Data, place); err != nil {
+		d.giveBack(place)
+		return 0, err
+	}
+	return what.n, nil
+}
+
+// granules returns the range of whole granules around n bytes at off.
+func (d *Disk) granules(off, n int64) (start, end int64) {
+	d.mapping.RLock()
+	defer d.mapping.RUnlock()
+	start, end = d.top().Codec.Granule(off)
+	if end < off+n {
+		_, end = d.top().Codec.Granule(off + n - 1)
+	}
+	return start, end
+}
+
+func (d *Disk) reserve(start, end int64) (Place, error) {
+	d.mapping.Lock()
+	defer d.mapping.Unlock()
+	l := d.top()
+	place, err := l.Codec.Allocate(start, end-start)
+	l.Tables.letGo()
+	if err != nil {
+		return place, fmt.Errorf("%s: %s: allocate for guest offset %d: %w", l.Format, l.Name, start, err)
+	}
+	d.stats.allocations.Add(1)
+	return place, nil
+}
+
+// giveBack returns reserved space that nothing refers to; it may hold anything by now.
+func (d *Disk) giveBack(place Place) {
+	d.mapping.Lock()
+	defer d.mapping.Unlock()
+	d.top().Codec.Free(place.Span, false)
+	d.top().Tables.letGo()
+}
+
+// set changes the mapping of claimed granules.
+func (d *Disk) set(start, n int64, to State, at Place) error {
+	d.mapping.Lock()
+	defer d.mapping.Unlock()
+	l := d.top()
+	unused, err := l.Codec.Set(start, n, to, at)
+	l.Tables.letGo()
+	if err != nil {
+		return fmt.Errorf("%s: %s: map guest offset %d: %w", l.Format, l.Name, start, err)
+	}
+	d.unused = append(d.unused, unused...)
+	d.inflated.dropRange(l, start, n)
+	if l.Tables.dirtyBytes() > int64(l.Tables.maxPages)*pageBytes/2 || d.journal.large() {
+		d.pressure.Store(true)
+	}
+	return nil
+}
+
+// fill writes what into the place of granules [start, end), and around it what the
+// granules held until now: of the run's granule, or of the parents.
+func (d *Disk) fill(place Place, start, end int64, what content, off int64, run Run) error {
+	if err := d.copyUp(place, start, start, off, run); err != nil {
+		return err
+	}
+	if err := d.copyUp(place, start, off+what.n, end, run); err != nil {
+		return err
+	}
+	return d.fillWith(place, start, what, off)
+}
+
+// fillWith writes guest bytes at off into a place whose granules start at start.
+func (d *Disk) fillWith(place Place, start int64, what content, off int64) error {
+	fileOff := place.Off + off - start
+	cipher := d.top().geometry.Cipher
+	switch {
+	case cipher != nil:
+		return d.fillCiphered(what, off, place.File, fileOff)
+	case what.p == nil && place.Zeroed && !what.solid:
+		return nil
+	}
+	return d.writeFile(place.File, what, fileOff)
+}
+
+// fillCiphered writes into claimed granules that nobody else can see. Sectors at the
+// edges that are only partly given were filled by copyUp just before.
+func (d *Disk) fillCiphered(what content, off int64, file int, fileOff int64) error {
+	l := d.top()
+	head := off % cipherSector
+	buf := make([]byte, alignUp(head+what.n, cipherSector))
+	if head != 0 || int64(len(buf)) != what.n {
+		if err := readFile(l.Files[file], buf, fileOff-head); err != nil {
+			return err
+		}
+		l.geometry.Cipher.Decrypt(buf, off-head)
+	}
+	if what.p != nil {
+		copy(buf[head:], what.p)
+	} else {
+		clear(buf[head : head+what.n])
+	}
+	l.geometry.Cipher.Encrypt(buf, off-head)
+	return d.writeFile(file, bytesFrom(buf), fileOff-head)
+}
+
+// copyUp writes what guest bytes [from, to) hold until now into the place.
+func (d *Disk) copyUp(place Place, start, from, to int64, run Run) error {
+	if d.top().geometry.Cipher != nil {
+		from, to = from/cipherSector*cipherSector, alignUp(to, cipherSector)
+	}
+	var buf []byte
+	for from < to {
+		n, isZero, err := d.oldContent(from, to, run)
+		if err != nil {
+			return err
+		}
+		what := zeroes(n)
+		if !isZero {
+			n = min(n, int64(len(zeroBytes)))
+			if buf == nil {
+				buf = make([]byte, min(to-from, int64(len(zeroBytes))))
+			}
+			what = bytesFrom(buf[:n])
+			if err := d.readOld(what.p, from, run); err != nil {
+				return err
+			}
+		}
+		if err := d.fillWith(place, start, what, from); err != nil {
+			return err
+		}
+		from += n
+	}
+	return nil
+}
+
+// oldContent says for how many bytes at from the old content is of one kind, and whether
+// that is zeroes.
+func (d *Disk) oldContent(from, to int64, run Run) (n int64, isZero bool, err error) {
+	switch {
+	case run.State == Zero || from >= d.size.Load():
+		return to - from, true, nil
+	case run.State == Compressed:
+		return min(to, d.size.Load()) - from, false, nil
+	}
+	_, below, err := d.resolve(1, from, min(to, d.size.Load())-from)
+	return below.Len, below.State == Absent || below.State == Zero, err
+}
+
+func (d *Disk) readOld(p []byte, from int64, run Run) error {
+	if run.State == Compressed {
+		return d.readCompressed(0, run, p, from)
+	}
+	_, err := d.readChain(1, p, from)
+	return err
+}
