@@ -32,6 +32,7 @@ type Tables struct {
 	shards   [tableShards]tableShard
 	maxPages int // clean pages kept, over all shards
 
+	held     map[pageKey]*page    // prepared for the Writes of the present change
 	dirty    map[pageKey]*page    // changed since the last commit; never evicted
 	record   func(redoRecord)     // the journal, nil without
 	reserve  []bool               // per file: Allocate works
