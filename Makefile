@@ -1,0 +1,67 @@
+# csi-imgdisk: `make help` lists what there is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# Where Go's own installer puts it, for shells whose PATH does not say.
+export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
+export CGO_ENABLED ?= 0
+
+VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS  := -s -w -X main.version=$(VERSION)
+PACKAGES ?= ./...
+RUN      ?= .
+LINTER   := .cache/bin/golangci-lint
+
+.PHONY: help build demo test lint race fuzz bench vm-test generate verify clean go deps
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: go ## build bin/csi-imgdisk, one static binary
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/csi-imgdisk ./cmd/csi-imgdisk
+
+demo: go ## run the main job end to end on this machine, as root (IMAGE=any.vmdk takes your own)
+	@hack/install-deps.sh demo
+	@$(MAKE) --no-print-directory build
+	@exec bin/csi-imgdisk demo $(if $(IMAGE),--image '$(IMAGE)')
+
+test: deps ## run all tests that need no virtual machine (PACKAGES=…, RUN=regexp)
+	go vet $(PACKAGES)
+	go test -count=1 -timeout 14m -run '$(RUN)' $(PACKAGES)
+
+lint: go $(LINTER) ## run golangci-lint with .golangci.yml
+	$(LINTER) run $(PACKAGES)
+
+race: deps ## run the tests under the race detector (needs a C compiler)
+	CGO_ENABLED=1 go test -race -short -count=1 -timeout 30m -run '$(RUN)' $(PACKAGES)
+
+fuzz: go ## fuzz every parser for FUZZTIME (default 30s) each
+	hack/fuzz.sh
+
+bench: deps ## measure speed beside qemu-nbd and nbdkit, in one run
+	hack/bench.sh
+
+vm-test: go ## test the kernel transports in virtual machines with Debian's kernels
+	go run ./test/vm
+
+generate: go ## make checked-in generated files anew
+	go generate ./...
+
+verify: go ## check that generated files, modules and formatting are up to date
+	hack/verify.sh
+
+clean: ## remove what was built and downloaded here
+	rm -rf bin .cache
+
+# The linter is built from the versions that tools/go.sum pins.
+$(LINTER): tools/go.mod tools/go.sum
+	mkdir -p $(@D)
+	cd tools && go build -o ../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+deps: go
+	@hack/install-deps.sh test
+
+go:
+	@command -v go >/dev/null || { echo 'make: Go is not in PATH and not in /usr/local/go: install Go 1.26 or later from https://go.dev/dl/' >&2; exit 1; }

@@ -1,0 +1,20 @@
+#!/bin/bash
+# Checks that what is generated or formatted by tools is as the tools leave it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+unformatted=$(git ls-files -- '*.go' | xargs gofmt -l)
+if [[ -n $unformatted ]]; then
+  echo "not formatted by gofmt:" >&2
+  echo "$unformatted" >&2
+  exit 1
+fi
+go mod verify
+before=$(git status --porcelain)
+go generate ./...
+after=$(git status --porcelain)
+if [[ $before != "$after" ]]; then
+  echo "go generate changed files: run make generate and commit" >&2
+  diff <(echo "$before") <(echo "$after") >&2 || true
+  exit 1
+fi
