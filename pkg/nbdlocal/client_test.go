@@ -79,7 +79,11 @@ func pipeClient(tb testing.TB, s *Server) (c *client, result chan error) {
 	tb.Cleanup(func() {
 		cancel()
 		_ = conn.Close()
-		<-returned
+		select {
+		case <-returned:
+		case <-time.After(10 * time.Second): // a gate that opens later, after a failure
+			tb.Error("ServeConn doesn't return")
+		}
 	})
 	return newClient(tb, conn), result
 }
@@ -98,6 +102,23 @@ func (c *client) send(cmd, flags uint16, off int64, n int, payload []byte) uint6
 		c.tb.Fatalf("send command %d: %v", cmd, err)
 	}
 	return c.cookie
+}
+
+// sendAll sends requests at once, so that they arrive together.
+func (c *client) sendAll(commands ...command) {
+	c.tb.Helper()
+	var messages []byte
+	for _, r := range commands {
+		c.cookie++
+		c.sent[c.cookie] = r
+		messages = append(messages, requestHeader(r.cmd, r.flags, c.cookie, r.off, r.n)...)
+		if r.cmd == cmdWrite {
+			messages = append(messages, bytes.Repeat([]byte{1}, r.n)...)
+		}
+	}
+	if _, err := c.conn.Write(messages); err != nil {
+		c.tb.Fatal(err)
+	}
 }
 
 func requestHeader(cmd, flags uint16, cookie uint64, off int64, n int) []byte {

@@ -465,14 +465,12 @@ func TestServeConn_StaleWritesAreDropped(t *testing.T) {
 	s := NewServer(dev, Options{})
 	old, result := pipeClient(t, s)
 	const stale = 2000 // offset of a write that finds no slot
-	var messages []byte // at once, so that all are there before the device gets stuck
-	for i := range slotCount {
-		messages = append(append(messages, requestHeader(cmdWrite, 0, 1, int64(i), 1)...), 1)
+	writes := make([]command, slotCount+1)
+	for i := range writes {
+		writes[i] = command{cmd: cmdWrite, off: int64(i), n: 1}
 	}
-	messages = append(append(messages, requestHeader(cmdWrite, 0, 1, stale, 1)...), 1)
-	if _, err := old.conn.Write(messages); err != nil {
-		t.Fatal(err)
-	}
+	writes[slotCount].off = stale
+	old.sendAll(writes...) // before the device gets stuck
 	if !eventually(func() bool { return s.Stats().InFlight == slotCount }) {
 		t.Fatalf("%d in flight, want %d", s.Stats().InFlight, slotCount)
 	}
@@ -541,15 +539,8 @@ func TestServeConn_OneStuckRequest(t *testing.T) {
 	for range 1000 {
 		c.read(0, 1) // the device is known to be quick
 	}
-	batch := requestHeader(cmdRead, 0, 5001, 0, 1)
-	batch = append(batch, requestHeader(cmdRead, 0, 5002, 777, 1)...)
-	batch = append(batch, requestHeader(cmdRead, 0, 5003, 1, 1)...)
-	for cookie := uint64(5001); cookie <= 5003; cookie++ {
-		c.sent[cookie] = command{cmd: cmdRead, n: 1}
-	}
-	if _, err := c.conn.Write(batch); err != nil {
-		t.Fatal(err)
-	}
+	c.sendAll(command{cmd: cmdRead, n: 1}, command{cmd: cmdRead, off: 777, n: 1}, command{cmd: cmdRead, off: 1, n: 1})
+	first, stuck, last := c.cookie-2, c.cookie-1, c.cookie
 	got := map[uint64]bool{}
 	for range 2 {
 		a, err := c.receive()
@@ -558,13 +549,13 @@ func TestServeConn_OneStuckRequest(t *testing.T) {
 		}
 		got[a.cookie] = true
 	}
-	if !got[5001] || !got[5003] {
-		t.Fatalf("answered %v, want 5001 and 5003", got)
+	if !got[first] || !got[last] {
+		t.Fatalf("answered %v, want %d and %d", got, first, last)
 	}
 	c.read(0, 1)
 	g.open()
-	if a, err := c.receive(); err != nil || a.cookie != 5002 {
-		t.Errorf("reply to %d (%v), want to 5002", a.cookie, err)
+	if a, err := c.receive(); err != nil || a.cookie != stuck {
+		t.Errorf("reply to %d (%v), want to %d", a.cookie, err, stuck)
 	}
 }
 

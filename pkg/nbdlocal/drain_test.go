@@ -117,9 +117,11 @@ func TestDrain_AnswersWhatWasTaken(t *testing.T) {
 	dev.before = func(string, int64, int64) error { g.wait(); return nil }
 	s := NewServer(dev, Options{})
 	c, result := pipeClient(t, s)
-	for i := range 40 {
-		c.send(cmdRead, 0, int64(i), 1, nil)
+	requests := make([]command, 40)
+	for i := range requests {
+		requests[i] = command{cmd: cmdRead, off: int64(i), n: 1}
 	}
+	c.sendAll(requests...)
 	if !eventually(func() bool { return s.Stats().InFlight == 40 }) {
 		t.Fatalf("%d requests in flight, want 40", s.Stats().InFlight)
 	}

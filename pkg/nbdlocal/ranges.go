@@ -37,6 +37,7 @@ func (o *rangeOrder) enter(r *request) bool {
 	if r.waitsFor > 0 {
 		o.waiting++
 	}
+	r.rangeIndex = len(o.active)
 	o.active = append(o.active, activeRange{off, end, o.next, r})
 	o.next++
 	return r.waitsFor == 0
@@ -47,20 +48,7 @@ func (o *rangeOrder) enter(r *request) bool {
 func (o *rangeOrder) leave(r *request) requestList {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	var left activeRange
-	for i := range o.active {
-		if o.active[i].req == r {
-			left = o.active[i]
-			last := len(o.active) - 1
-			o.active[i] = o.active[last]
-			o.active[last] = activeRange{}
-			o.active = o.active[:last]
-			break
-		}
-	}
-	if left.req == nil {
-		panic("nbdlocal: request left a range it had not entered")
-	}
+	left := o.remove(r)
 	var runnable requestList
 	if r.waitsFor > 0 { // it was dropped before its turn
 		o.waiting--
@@ -80,4 +68,18 @@ func (o *rangeOrder) leave(r *request) requestList {
 		}
 	}
 	return runnable
+}
+
+// remove takes r out of active.
+func (o *rangeOrder) remove(r *request) activeRange {
+	i, last := r.rangeIndex, len(o.active)-1
+	left := o.active[i]
+	if left.req != r {
+		panic("nbdlocal: request left a range it had not entered")
+	}
+	o.active[i] = o.active[last]
+	o.active[i].req.rangeIndex = i
+	o.active[last] = activeRange{}
+	o.active = o.active[:last]
+	return left
 }

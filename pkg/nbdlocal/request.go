@@ -33,8 +33,9 @@ type request struct {
 	filled  int // bytes of a write's payload that have arrived
 
 	// Its place among the writes.
-	ordered  bool // entered in rangeOrder and not left
-	waitsFor int  // guarded by rangeOrder.mu
+	ordered    bool // entered in rangeOrder and not left
+	waitsFor   int  // guarded by rangeOrder.mu, as is
+	rangeIndex int  // in rangeOrder.active
 
 	// Its reply.
 	head    [structuredReplyBytes + 12]byte

@@ -1,0 +1,403 @@
+package nbdlocal
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+)
+
+func TestHandshake_Options(t *testing.T) {
+	const size = 3*memPage + 5
+	opts := Options{ExportName: "vol", Description: "a test's volume"}
+	exportInfo := func(flags uint16) string {
+		b := binary.BigEndian.AppendUint16(nil, infoExport)
+		b = binary.BigEndian.AppendUint64(b, size)
+		return string(binary.BigEndian.AppendUint16(b, flags))
+	}
+	const plain = flagHasFlags | flagSendFlush | flagSendFUA | flagSendTrim | flagSendWriteZeroes | flagCanMultiConn | flagSendFastZero
+	blockSize := "\x00\x03\x00\x00\x00\x01\x00\x00\x10\x00\x02\x00\x00\x00"
+	context0 := optReply{repMetaContext, "\x00\x00\x00\x00base:allocation"}
+	context1 := optReply{repMetaContext, "\x00\x00\x00\x01base:allocation"}
+	ack := optReply{kind: repAck}
+	refused := func(kind uint32) []optReply { return []optReply{{kind: kind}} }
+	for _, tc := range []struct {
+		name       string
+		structured bool
+		option     uint32
+		data       []byte
+		want       []optReply // the text of an error isn't compared
+	}{
+		{name: "list", option: optList, want: []optReply{{repServer, "\x00\x00\x00\x03vola test's volume"}, ack}},
+		{name: "list with data", option: optList, data: []byte("x"), want: refused(repErrInvalid)},
+		{name: "structured replies", option: optStructuredReply, want: []optReply{ack}},
+		{name: "structured replies with data", option: optStructuredReply, data: []byte("x"), want: refused(repErrInvalid)},
+		{name: "TLS", option: optStartTLS, want: refused(repErrUnsup)},
+		{name: "extended headers", option: optExtendedHeaders, want: refused(repErrUnsup)},
+		{name: "unknown", option: 4711, data: []byte("whatever"), want: refused(repErrUnsup)},
+		{name: "too long", option: optInfo, data: make([]byte, maxOptionBytes+1), want: refused(repErrTooBig)},
+
+		{name: "info", option: optInfo, data: infoData(""), want: []optReply{{repInfo, exportInfo(plain)}, ack}},
+		{name: "info by name", option: optInfo, data: infoData("vol"), want: []optReply{{repInfo, exportInfo(plain)}, ack}},
+		{name: "info, structured", structured: true, option: optInfo, data: infoData(""), want: []optReply{{repInfo, exportInfo(plain | flagSendDF)}, ack}},
+		{name: "all info", option: optInfo, data: infoData("", infoName, infoBlockSize, 99, infoDescription, infoName),
+			want: []optReply{{repInfo, exportInfo(plain)}, {repInfo, "\x00\x01vol"}, {repInfo, blockSize}, {repInfo, "\x00\x02a test's volume"}, ack}},
+		{name: "info of another export", option: optInfo, data: infoData("other"), want: refused(repErrUnknown)},
+		{name: "info without data", option: optInfo, want: refused(repErrInvalid)},
+		{name: "info cut short", option: optInfo, data: infoData("vol", infoName)[:8], want: refused(repErrInvalid)},
+		{name: "info with a name past the end", option: optInfo, data: []byte("\xff\xff\xff\xffxy"), want: refused(repErrInvalid)},
+		{name: "info with too many kinds", option: optInfo, data: append(appendString(nil, ""), 0xff, 0xff, 0, 1), want: refused(repErrInvalid)},
+		{name: "info with a name that isn't UTF-8", option: optInfo, data: infoData("\xff"), want: refused(repErrInvalid)},
+		{name: "info with a name too long", option: optInfo, data: infoData(strings.Repeat("x", maxNameBytes+1)), want: refused(repErrInvalid)},
+
+		{name: "contexts before structured replies", option: optListMetaContext, data: contextData(""), want: refused(repErrInvalid)},
+		{name: "all contexts", structured: true, option: optListMetaContext, data: contextData(""), want: []optReply{context0, ack}},
+		{name: "contexts of a namespace", structured: true, option: optListMetaContext, data: contextData("", "base:"), want: []optReply{context0, ack}},
+		{name: "contexts of other namespaces", structured: true, option: optListMetaContext, data: contextData("", "qemu:", "x-y:z"), want: []optReply{ack}},
+		{name: "contexts of another export", structured: true, option: optListMetaContext, data: contextData("other"), want: refused(repErrUnknown)},
+		{name: "select", structured: true, option: optSetMetaContext, data: contextData("vol", "x:y", contextAllocation), want: []optReply{context1, ack}},
+		{name: "select nothing", structured: true, option: optSetMetaContext, data: contextData(""), want: []optReply{ack}},
+		{name: "select a wildcard", structured: true, option: optSetMetaContext, data: contextData("", "base:"), want: []optReply{ack}},
+		{name: "too many queries", structured: true, option: optSetMetaContext, data: append(appendString(nil, ""), 0xff, 0xff, 0xff, 0xff), want: refused(repErrInvalid)},
+		{name: "query past the end", structured: true, option: optSetMetaContext, data: contextData("", "base:x")[:15], want: refused(repErrInvalid)},
+		{name: "bytes after the queries", structured: true, option: optSetMetaContext, data: append(contextData(""), 1), want: refused(repErrInvalid)},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c, _ := unixClient(t, NewServer(newMemDevice(size), opts))
+			c.greet(flagFixedNewstyle | flagNoZeroes)
+			if tc.structured {
+				c.option(optStructuredReply, nil)
+			}
+			got := c.option(tc.option, tc.data)
+			for i, r := range got {
+				if r.kind&(1<<31) != 0 {
+					if r.payload == "" {
+						t.Error("an error without a text")
+					}
+					got[i].payload = ""
+				}
+			}
+			if !slices.Equal(got, tc.want) {
+				t.Errorf("got %+v, want %+v", got, tc.want)
+			}
+			if got := c.option(optAbort, []byte("ignored")); !slices.Equal(got, []optReply{ack}) {
+				t.Errorf("abort: %+v", got)
+			}
+			if n, err := c.conn.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+				t.Errorf("after abort: %d bytes, %v; want the end", n, err)
+			}
+		})
+	}
+}
+
+func TestHandshake_ReadOnly(t *testing.T) {
+	for _, tc := range []struct {
+		name           string
+		device, option bool
+	}{{"device", true, false}, {"option", false, true}} {
+		t.Run(tc.name, func(t *testing.T) {
+			dev := newMemDevice(mib)
+			dev.readOnly = tc.device
+			c, _ := unixClient(t, NewServer(dev, Options{ReadOnly: tc.option}))
+			c.enter(false)
+			if want := uint16(flagHasFlags | flagReadOnly | flagSendFlush | flagSendFUA | flagCanMultiConn); c.flags != want {
+				t.Errorf("flags %#x, want %#x", c.flags, want)
+			}
+		})
+	}
+}
+
+// TestHandshake_ExportName enters the transmission phase the old way.
+func TestHandshake_ExportName(t *testing.T) {
+	for _, flags := range []uint32{0, flagFixedNewstyle, flagFixedNewstyle | flagNoZeroes} {
+		c, _ := unixClient(t, NewServer(newMemDevice(mib), Options{ExportName: "vol"}))
+		c.greet(flags)
+		c.sendOption(optExportName, []byte("vol"))
+		reply := make([]byte, 10)
+		if flags&flagNoZeroes == 0 {
+			reply = make([]byte, 10+exportNameZeroes)
+		}
+		if _, err := io.ReadFull(c.conn, reply); err != nil {
+			t.Fatal(err)
+		}
+		if size := binary.BigEndian.Uint64(reply); size != mib {
+			t.Errorf("flags %d: size %d, want %d", flags, size, mib)
+		}
+		c.write(5, []byte("abc"))
+		if got := c.read(5, 3); string(got) != "abc" {
+			t.Errorf("flags %d: read %q", flags, got)
+		}
+	}
+}
+
+func TestHandshake_ContextsAreForOneExport(t *testing.T) {
+	c, _ := unixClient(t, NewServer(newMemDevice(mib), Options{ExportName: "vol"}))
+	c.greet(flagFixedNewstyle)
+	c.option(optStructuredReply, nil)
+	c.structured = true
+	c.option(optSetMetaContext, contextData("vol", contextAllocation))
+	c.option(optGo, infoData(""))
+	if a := c.do(cmdBlockStatus, 0, 0, 5, nil); a.errno == 0 {
+		t.Error("block status of an export for which no context was selected")
+	}
+}
+
+// TestHandshake_HungUpOn lists what ends a connection.
+func TestHandshake_HungUpOn(t *testing.T) {
+	greeting := []byte{0, 0, 0, flagFixedNewstyle}
+	for name, send := range map[string][]byte{
+		"unknown client flag":  {0, 0, 0, 8},
+		"garbage":              append(slices.Clone(greeting), bytes.Repeat([]byte("garbage!"), 100)...),
+		"an option of 4 GiB":   append(slices.Clone(greeting), "IHAVEOPT\x00\x00\x00\x06\xff\xff\xff\xff"...),
+		"another export":       append(slices.Clone(greeting), optionBytes(optExportName, []byte("other"))...),
+		"name too long":        append(slices.Clone(greeting), optionBytes(optExportName, make([]byte, maxOptionBytes+1))...),
+		"nothing at all, late": nil,
+		"half an option, late": append(slices.Clone(greeting), optionBytes(optInfo, infoData(""))[:20]...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			problems := make(chan error, 1)
+			c, _ := unixClient(t, NewServer(newMemDevice(mib), Options{
+				HandshakeTimeout: 200 * time.Millisecond,
+				ClientError:      func(err error) { problems <- err },
+			}))
+			_, _ = c.conn.Write(send)
+			if _, err := io.Copy(io.Discard, c.conn); errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Error("the server didn't hang up")
+			}
+			if err := <-problems; err == nil {
+				t.Error("no problem reported")
+			}
+		})
+	}
+}
+
+func TestHandshake_EndlessOptions(t *testing.T) {
+	problems := make(chan error, 1)
+	c, _ := unixClient(t, NewServer(newMemDevice(mib), Options{ClientError: func(err error) { problems <- err }}))
+	c.greet(flagFixedNewstyle)
+	go func() { _, _ = io.Copy(io.Discard, c.conn) }()
+	for {
+		if _, err := c.conn.Write(optionBytes(optList, nil)); err != nil {
+			break
+		}
+	}
+	if err := <-problems; !strings.Contains(err.Error(), "options") {
+		t.Errorf("problem: %v", err)
+	}
+}
+
+func TestServe_MaxClients(t *testing.T) {
+	s := NewServer(newMemDevice(mib), Options{MaxClients: 2})
+	first, socket := unixClient(t, s)
+	first.enter(false)
+	connect := func() *client {
+		conn, err := net.Dial("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		return newClient(t, conn)
+	}
+	connect().greet(flagFixedNewstyle)
+	if n, err := connect().conn.Read(make([]byte, 1)); err == nil {
+		t.Errorf("a third client was sent %d bytes", n)
+	}
+	first.send(cmdDisc, 0, 0, 0, nil)
+	if !eventually(func() bool {
+		_, err := io.ReadFull(connect().conn, make([]byte, 18))
+		return err == nil
+	}) {
+		t.Error("no room for another client after one has left")
+	}
+}
+
+func TestServe_ContextEnds(t *testing.T) {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "nbd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := NewServer(newMemDevice(mib), Options{})
+	ctx, cancel := context.WithCancel(context.Background())
+	result := make(chan error, 1)
+	go func() { result <- s.Serve(ctx, l) }()
+	dial := func() *client {
+		conn, err := net.Dial("unix", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		return newClient(t, conn)
+	}
+	greeting, transmitting := dial(), dial()
+	greeting.greet(flagFixedNewstyle)
+	transmitting.enter(false)
+	cancel()
+	if err := <-result; !errors.Is(err, context.Canceled) {
+		t.Errorf("Serve: %v, want context.Canceled", err)
+	}
+	for _, c := range []*client{greeting, transmitting} {
+		if _, err := c.conn.Read(make([]byte, 1)); err == nil {
+			t.Error("a client is still connected")
+		}
+	}
+}
+
+func TestServe_AfterDrain(t *testing.T) {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "nbd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := NewServer(newMemDevice(mib), Options{})
+	stopServer(t, s)
+	if err := s.Serve(context.Background(), l); err == nil {
+		t.Error("Serve after Drain: no error")
+	}
+}
+
+// TestServe_ManyClients: clients come and go at the same time as Drain.
+func TestServe_ManyClients(t *testing.T) {
+	dir := t.TempDir()
+	for round := range 20 {
+		socket := filepath.Join(dir, fmt.Sprint("nbd", round))
+		l, err := net.Listen("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := NewServer(newMemDevice(mib), Options{})
+		served := make(chan error, 1)
+		go func() { served <- s.Serve(context.Background(), l) }()
+		var clients sync.WaitGroup
+		for range 8 {
+			clients.Go(func() {
+				for {
+					conn, err := net.Dial("unix", socket)
+					if err != nil {
+						return
+					}
+					_, _ = conn.Write(append([]byte{0, 0, 0, 3}, optionBytes(optGo, infoData(""))...))
+					_, _ = conn.Write(requestHeader(cmdRead, 0, 1, 0, 4096))
+					_, _ = io.ReadFull(conn, make([]byte, 200))
+					_ = conn.Close()
+				}
+			})
+		}
+		time.Sleep(10 * time.Millisecond)
+		stopServer(t, s)
+		if err := <-served; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+		clients.Wait()
+		if n := s.Stats().Connections; n != 0 {
+			t.Errorf("%d connections left", n)
+		}
+	}
+}
+
+func TestStructuredReplies(t *testing.T) {
+	dev := newMemDevice(16 * memPage)
+	broken := errors.New("a text that is to reach the client")
+	dev.before = func(op string, off, _ int64) error {
+		if op == "read" && off == 13 {
+			return broken
+		}
+		return nil
+	}
+	c, _ := unixClient(t, NewServer(dev, Options{}))
+	c.enter(true)
+	c.write(4*memPage, bytes.Repeat([]byte{7}, 2*memPage))
+	for _, tc := range []struct {
+		name   string
+		flags  uint16
+		off    int64
+		n      int
+		chunks []string
+		text   string
+	}{
+		{name: "small read", off: 4 * memPage, n: 100, chunks: []string{"data"}},
+		{name: "large read", off: 3*memPage + 1, n: 3 * memPage, chunks: []string{"data"}},
+		{name: "hole", off: 0, n: memPage, chunks: []string{"hole"}},
+		{name: "hole, not to be fragmented", flags: cmdFlagDF, off: 0, n: memPage, chunks: []string{"data"}},
+		{name: "nothing", n: 0, chunks: []string{"none"}},
+		{name: "past the end", off: 16 * memPage, n: 1, chunks: []string{"error"}, text: "outside the device"},
+		{name: "device's error", off: 13, n: 1, chunks: []string{"error"}, text: broken.Error()},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			a := c.do(cmdRead, tc.flags, tc.off, tc.n, nil)
+			if !slices.Equal(a.chunks, tc.chunks) {
+				t.Errorf("chunks %q, want %q", a.chunks, tc.chunks)
+			}
+			if !strings.Contains(a.text, tc.text) || (tc.text == "") != (a.errno == 0) {
+				t.Errorf("error %v with text %q, want %q", a.errno, a.text, tc.text)
+			}
+			if a.errno == 0 && !bytes.Equal(a.data, dev.snapshot(tc.off, tc.n)) {
+				t.Error("wrong bytes")
+			}
+		})
+	}
+}
+
+func TestBlockStatus(t *testing.T) {
+	const pages = 8000
+	dev := newMemDevice(pages * memPage)
+	c, _ := unixClient(t, NewServer(dev, Options{}))
+	c.enter(true)
+	c.write(2*memPage, make([]byte, 3*memPage))
+	const hole, data = stateHole | stateZero, 0
+	for _, tc := range []struct {
+		name  string
+		flags uint16
+		off   int64
+		n     int
+		want  [][2]uint32
+	}{
+		{"all kinds", 0, 0, 8 * memPage, [][2]uint32{{2 * memPage, hole}, {3 * memPage, data}, {3 * memPage, hole}}},
+		{"unaligned", 0, memPage + 1, 2 * memPage, [][2]uint32{{memPage - 1, hole}, {memPage + 1, data}}},
+		{"one", cmdFlagReqOne, 3 * memPage, 5 * memPage, [][2]uint32{{2 * memPage, data}}},
+		{"one byte", 0, 2 * memPage, 1, [][2]uint32{{1, data}}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			a := c.do(cmdBlockStatus, tc.flags, tc.off, tc.n, nil)
+			if a.errno != 0 || !slices.Equal(a.status, tc.want) {
+				t.Errorf("status %v (%v), want %v", a.status, a.errno, tc.want)
+			}
+		})
+	}
+	for i := int64(0); i < pages; i += 2 {
+		c.write(i*memPage, []byte{1})
+	}
+	a := c.do(cmdBlockStatus, 0, 0, pages*memPage, nil)
+	if len(a.status) < 1000 || len(a.status) > smallBytes/8 {
+		t.Errorf("%d descriptors of a device of %d pieces; want as many as a buffer holds", len(a.status), pages)
+	}
+	for i, s := range a.status {
+		if i >= 5 && (s[0] != memPage || (s[1] == data) != (i%2 == 0)) {
+			t.Fatalf("descriptor %d: %v", i, s)
+		}
+	}
+}
+
+// nonsense is a device whose map never gets anywhere.
+type nonsense struct{ *memDevice }
+
+func (nonsense) Map(off, _ int64) (block.Extent, error) { return block.Extent{Off: off}, nil }
+
+func TestBlockStatus_DeviceWithNonsense(t *testing.T) {
+	c, _ := unixClient(t, NewServer(nonsense{newMemDevice(mib)}, Options{}))
+	c.enter(true)
+	if a := c.do(cmdBlockStatus, 0, 0, mib, nil); a.errno == 0 {
+		t.Errorf("status %v, want an error", a.status)
+	}
+}
