@@ -11,25 +11,34 @@ import (
 // testModel compares an image with a byte slice through random steps, alone and on a
 // chain of others.
 func testModel(t *testing.T, f Factory) {
-	depths := []int{1, 2, 3}
+	everything := mix{
+		opRead: 30, opWrite: 30, opZero: 10, opDiscard: 8, opMap: 8, opFlush: 3, opReopen: 1, opGrow: 1, opPush: 1,
+	}
+	for _, depth := range f.depths() {
+		t.Run(fmt.Sprintf("depth=%d", depth), func(t *testing.T) { playModel(t, f, depth, everything) })
+	}
+	// Nothing is given back, so nothing may leak.
+	t.Run("writes", func(t *testing.T) { playModel(t, f, 1, mix{opRead: 2, opWrite: 10, opFlush: 1, opReopen: 1}) })
+}
+
+func playModel(t *testing.T, f Factory, depth int, steps mix) {
+	r := testenv.Rand(t)
+	fsys := track(vfs.NewMem())
+	p := newPlayer(t, f, fsys, r, depth)
+	p.play(t, f.script(r, steps, scaled(1500)))
+	p.finish(t)
+	p.rig.checkWithQEMU(t, p.m.live.bytes)
+	if leaks := fsys.leaks(); leaks != "" {
+		t.Error(leaks)
+	}
+}
+
+// depths returns the lengths of the chains to test on.
+func (f Factory) depths() []int {
 	if f.Overlay == nil {
-		depths = []int{1}
+		return []int{1}
 	}
-	for _, depth := range depths {
-		t.Run(fmt.Sprintf("depth=%d", depth), func(t *testing.T) {
-			r := testenv.Rand(t)
-			fsys := track(vfs.NewMem())
-			p := newPlayer(t, f, fsys, r, depth)
-			p.play(t, f.script(r, mix{
-				opRead: 30, opWrite: 30, opZero: 10, opDiscard: 8, opMap: 8, opFlush: 3, opReopen: 1, opGrow: 1, opPush: 1,
-			}, scaled(1500)))
-			p.finish(t)
-			p.rig.checkWithQEMU(t, p.m.live.bytes)
-			if leaks := fsys.leaks(); leaks != "" {
-				t.Error(leaks)
-			}
-		})
-	}
+	return []int{1, 2, 3}
 }
 
 // scaled returns how many of something a test does: n, or a fifth of it in short mode.

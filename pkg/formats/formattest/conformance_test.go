@@ -1,0 +1,23 @@
+package formattest_test
+
+import (
+	"os"
+	"testing"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/formattest"
+)
+
+// toyFactory describes images of a format without bugs, or with the one that
+// TestSuite_FindsBugs asks for.
+func toyFactory() formattest.Factory {
+	return formattest.Factory{
+		Name: "toy", Format: toy{toyBug(os.Getenv(bugVariable))}, Overlay: new(formats.CreateRequest), SizeBytes: 160<<10 + 512,
+	}
+}
+
+const bugVariable = "IMGDISK_TOY_BUG"
+
+func TestConformance(t *testing.T) {
+	formattest.Run(t, toyFactory())
+}

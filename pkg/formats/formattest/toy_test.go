@@ -1,0 +1,356 @@
+package formattest_test
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"path"
+	"slices"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// toy is the smallest format that uses all of the engine: a header sector, one table of
+// 8-byte entries, clusters appended, a zero state, overlays. It is what the suite itself
+// is tested with, right and with bugs.
+//
+//	0     magic[8] guest size[8] cluster size[8] entries[8] id[8] parent's id[8] nameLen[8] parent's name…
+//	4096  entries: 0 absent, 1 zero, else the file offset of a cluster
+type toy struct{ bug toyBug }
+
+// toyBug is a mistake that a format could make.
+type toyBug string
+
+const (
+	toyMagic        = "TOYIMAGE"
+	toyTableOff     = 4096
+	toyClusterBytes = 4096
+	toyGrowFactor   = 4 // how far the table allows an image to grow
+	toyMaxBytes     = 64 << 20
+	toyMaxName      = 255
+
+	toyAbsent = 0
+	toyZero   = 1
+)
+
+func (toy) Name() string                    { return "toy" }
+func (toy) Probe(head []byte, _ int64) bool { return len(head) >= 8 && string(head[:8]) == toyMagic }
+func (b toyBug) is(name string) bool        { return string(b) == name }
+func toyEntryOff(index int64) int64         { return toyTableOff + 8*index }
+func toyDataStart(entries int64) int64      { return toyAlign(toyEntryOff(entries)) }
+func toyAlign(n int64) int64                { return (n + toyClusterBytes - 1) / toyClusterBytes * toyClusterBytes }
+func toyWrong(format string, args ...any) error {
+	return fmt.Errorf("toy: %w: "+format, append([]any{block.ErrCorrupt}, args...)...)
+}
+func (c *toyCodec) Geometry() engine.Geometry {
+	return engine.Geometry{SizeBytes: c.h.size, ClusterBytes: toyClusterBytes, LogicalBlockBytes: 512, ZeroState: true}
+}
+func (c *toyCodec) Describe() engine.Description { return engine.Description{} }
+func (c *toyCodec) Close() error                 { return nil }
+func (c *toyCodec) Identity() []byte             { return binary.LittleEndian.AppendUint64(nil, c.h.id) }
+func (c *toyCodec) Granule(off int64) (int64, int64) {
+	start := off / toyClusterBytes * toyClusterBytes
+	return start, start + toyClusterBytes
+}
+
+func (toy) Options() formats.Options {
+	return formats.Options{
+		OverlaySubformats: []string{""}, ParentFormats: []string{"toy"}, Preallocations: []formats.Preallocation{formats.PreallocateOff},
+		MinClusterBytes: toyClusterBytes, MaxClusterBytes: toyClusterBytes, DefaultClusterBytes: toyClusterBytes,
+		MaxSizeBytes: toyMaxBytes, SizeMultiple: 512,
+	}
+}
+
+type toyHeader struct {
+	size, entries int64
+	id, parentID  uint64
+	parent        string
+}
+
+func (h *toyHeader) marshal() []byte {
+	b := []byte(toyMagic)
+	for _, v := range []uint64{uint64(h.size), toyClusterBytes, uint64(h.entries), h.id, h.parentID, uint64(len(h.parent))} {
+		b = binary.LittleEndian.AppendUint64(b, v)
+	}
+	b = append(b, h.parent...)
+	return append(b, make([]byte, 512-len(b))...)
+}
+
+func parseToyHeader(b []byte) (toyHeader, error) {
+	if len(b) < 512 || string(b[:8]) != toyMagic {
+		return toyHeader{}, toyWrong("no header")
+	}
+	at := func(i int) uint64 { return binary.LittleEndian.Uint64(b[8*i:]) }
+	h := toyHeader{size: int64(at(1)), entries: int64(at(3)), id: at(4), parentID: at(5)}
+	if at(2) != toyClusterBytes || h.size <= 0 || h.size > toyMaxBytes || h.entries < toyAlign(h.size)/toyClusterBytes || h.entries > toyMaxBytes {
+		return h, toyWrong("size %d, %d entries", h.size, h.entries)
+	}
+	if at(6) > toyMaxName {
+		return h, toyWrong("name of %d bytes", at(6))
+	}
+	h.parent = string(b[56 : 56+at(6)])
+	return h, nil
+}
+
+func (f toy) Create(_ context.Context, req formats.CreateRequest) error {
+	h := toyHeader{size: req.SizeBytes, id: rand.Uint64()}
+	if req.Parent != nil {
+		parent := req.Parent.Layer.Codec.(*toyCodec)
+		h.parentID, h.parent = parent.h.id, vfs.RelativeLink(req.Name, req.Parent.Name)
+		if h.size == 0 {
+			h.size = parent.h.size
+		}
+	}
+	h.entries = toyGrowFactor * toyAlign(h.size) / toyClusterBytes
+	file, err := req.FS.Create(req.Name)
+	if err != nil {
+		return err
+	}
+	err = file.Truncate(toyDataStart(h.entries))
+	if err == nil && !f.bug.is("header before length is durable") {
+		err = file.Sync() // the length before the header: a file with a header is whole
+	}
+	if err == nil {
+		_, err = file.WriteAt(h.marshal(), 0)
+	}
+	if err == nil && !f.bug.is("create without sync") {
+		err = file.Sync()
+	}
+	if err = errors.Join(err, file.Close()); err == nil {
+		err = req.FS.SyncDir(path.Dir(req.Name))
+	}
+	if err != nil && !f.bug.is("failed create leaves a file") {
+		err = errors.Join(err, req.FS.Remove(req.Name))
+	}
+	return err
+}
+
+func (f toy) Open(req formats.OpenRequest) (*engine.Layer, error) {
+	file, err := req.FS.Open(req.Name, req.Mode)
+	if err != nil {
+		return nil, err
+	}
+	l := engine.NewLayer(req.Name, "toy", []vfs.File{file}, req.Mode == vfs.ReadWrite)
+	if err := f.fill(l, file, req); err != nil {
+		if f.bug.is("failed open leaks the file") {
+			return nil, err
+		}
+		return nil, errors.Join(err, file.Close())
+	}
+	return l, nil
+}
+
+func (f toy) fill(l *engine.Layer, file vfs.File, req formats.OpenRequest) error {
+	kind := vfs.LockRead
+	if req.Mode == vfs.ReadWrite {
+		kind = vfs.LockWrite
+	}
+	if !req.NoLock && !f.bug.is("no lock") {
+		if err := file.Lock(kind); err != nil {
+			return err
+		}
+	}
+	size, err := file.Size()
+	if err != nil {
+		return err
+	}
+	head := make([]byte, min(size, 512))
+	if _, err := file.ReadAt(head, 0); err != nil {
+		return err
+	}
+	h, err := parseToyHeader(head)
+	if err != nil {
+		return err
+	}
+	if size < toyDataStart(h.entries) && !f.bug.is("short file accepted") {
+		return toyWrong("%s is %d bytes long", req.Name, size)
+	}
+	if f.bug.is("header bounds memory") {
+		_ = make([]byte, binary.LittleEndian.Uint64(head[40:])%(1<<32))
+	}
+	c := &toyCodec{bug: f.bug, l: l, h: h, file: file}
+	c.space = engine.NewSpace(file, 0, size, toyClusterBytes, 0)
+	l.Codec = c
+	if h.parent != "" {
+		name, err := vfs.Resolve(req.Name, h.parent)
+		if err != nil {
+			return err
+		}
+		l.Parent = &engine.ParentLink{Name: name, Format: "toy"}
+	}
+	return nil
+}
+
+type toyCodec struct {
+	bug   toyBug
+	l     *engine.Layer
+	file  vfs.File
+	h     toyHeader
+	space *engine.Space
+}
+
+func (c *toyCodec) entry(index int64) (int64, error) {
+	var b [8]byte
+	if err := c.l.Tables.Read(0, toyEntryOff(index), b[:]); err != nil {
+		return 0, err
+	}
+	e := int64(binary.LittleEndian.Uint64(b[:]))
+	if e == toyAbsent || e == toyZero {
+		return e, nil
+	}
+	size, err := c.file.Size()
+	if err != nil {
+		return 0, err
+	}
+	if e < toyDataStart(c.h.entries) || e%toyClusterBytes != 0 || e > size-toyClusterBytes {
+		if c.bug.is("panic at a bad entry") {
+			panic("bad entry")
+		}
+		return 0, toyWrong("entry %d is %#x", index, e)
+	}
+	return e, nil
+}
+
+func (c *toyCodec) Lookup(off, n int64) (engine.Run, error) {
+	index := off / toyClusterBytes
+	e, err := c.entry(index)
+	if err != nil {
+		return engine.Run{}, err
+	}
+	run := engine.Run{Len: min(n, toyClusterBytes-off%toyClusterBytes)}
+	switch e {
+	case toyAbsent:
+	case toyZero:
+		run.State = engine.Zero
+	default:
+		run.State, run.FileOff = engine.Data, e+off%toyClusterBytes
+	}
+	return run, nil
+}
+
+func (c *toyCodec) ReadCompressed(engine.Run, []byte) error { return toyWrong("nothing is compressed") }
+
+func (c *toyCodec) Allocate(_, n int64) (engine.Place, error) {
+	p, err := c.space.Alloc(n, toyClusterBytes)
+	if c.bug.is("new space is said to be zeroed") {
+		p.Zeroed = true
+	}
+	return p, err
+}
+
+func (c *toyCodec) Set(off, n int64, to engine.State, at engine.Place) (unused []engine.Span, err error) {
+	first := off / toyClusterBytes
+	entries := make([]byte, 0, 8*n/toyClusterBytes)
+	for i := range n / toyClusterBytes {
+		old, err := c.entry(first + i)
+		if err != nil {
+			return nil, err
+		}
+		if old > toyZero {
+			unused = append(unused, engine.Span{Off: old, Len: toyClusterBytes})
+		}
+		e := int64(toyAbsent)
+		switch to {
+		case engine.Zero:
+			e = toyZero
+			if c.bug.is("zero is absent") {
+				e = toyAbsent
+			}
+		case engine.Data:
+			e = at.Off + i*toyClusterBytes
+		}
+		entries = binary.LittleEndian.AppendUint64(entries, uint64(e))
+	}
+	if err := c.l.Tables.Write(0, 0, toyEntryOff(first), entries); err != nil {
+		return nil, err
+	}
+	if c.bug.is("freed at once") {
+		for _, s := range unused {
+			c.space.Free(s.Off, s.Len, false)
+		}
+		return nil, nil
+	}
+	return unused, nil
+}
+
+func (c *toyCodec) Free(s engine.Span, zeroed bool) {
+	switch {
+	case c.bug.is("space is lost"):
+	default:
+		c.space.Free(s.Off, s.Len, zeroed || c.bug.is("freed space is said to be zeroed"))
+	}
+}
+
+func (c *toyCodec) Begin(commit *engine.Commit) error {
+	if c.bug.is("written before begin is durable") {
+		return nil
+	}
+	h := c.h
+	h.id++
+	if h.parent != "" || c.bug.is("base changes its id") {
+		// An overlay has no children yet: its id may change.
+		h = c.h
+	}
+	if err := commit.WriteAt(0, h.marshal(), 0); err != nil {
+		return err
+	}
+	return commit.Sync()
+}
+
+func (c *toyCodec) Commit(commit *engine.Commit) error {
+	if c.bug.is("commit writes nothing") {
+		return nil
+	}
+	return commit.WriteTables(0)
+}
+
+func (c *toyCodec) Finish(*engine.Commit) error { return c.space.Trim() }
+
+func (c *toyCodec) Grow(commit *engine.Commit, size int64) error {
+	if size <= c.h.size || toyAlign(size)/toyClusterBytes > c.h.entries || size%512 != 0 {
+		return fmt.Errorf("toy: grow to %d bytes: %w", size, block.ErrInvalid)
+	}
+	h := c.h
+	h.size = size
+	if err := commit.WriteAt(0, h.marshal(), 0); err != nil {
+		return err
+	}
+	if !c.bug.is("grow without sync") {
+		if err := commit.Sync(); err != nil {
+			return err
+		}
+	}
+	c.h = h
+	return nil
+}
+
+func (c *toyCodec) Check(context.Context, *engine.Commit, func(done, total int64)) (engine.CheckResult, error) {
+	size, err := c.file.Size()
+	if err != nil {
+		return engine.CheckResult{}, err
+	}
+	var result engine.CheckResult
+	var used []int64
+	for i := range c.h.entries {
+		e, err := c.entry(i)
+		switch {
+		case errors.Is(err, block.ErrCorrupt):
+			result.Corruptions++
+			result.Problems = append(result.Problems, engine.Problem{Corrupt: true, Text: err.Error()})
+		case err != nil:
+			return result, err
+		case e > toyZero && slices.Contains(used, e):
+			result.Corruptions++
+			result.Problems = append(result.Problems, engine.Problem{Corrupt: true, Text: fmt.Sprintf("cluster %#x has two owners", e)})
+		case e > toyZero:
+			used = append(used, e)
+		}
+	}
+	result.Leaks = (size-toyDataStart(c.h.entries))/toyClusterBytes - int64(len(used))
+	return result, nil
+}
