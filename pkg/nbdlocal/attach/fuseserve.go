@@ -8,7 +8,7 @@ import (
 	"math"
 	"os"
 	"runtime"
-	"sync/atomic"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -17,14 +17,17 @@ import (
 
 // FUSEOptions are ServeFUSE's knobs; zero values are the defaults.
 type FUSEOptions struct {
-	// Threads is how many requests are worked on at a time, each by an operating
-	// system thread with a resident buffer of 1 MiB; 1 to 64, default 6.
+	// Threads is how many requests are worked on at a time at the most, each by an
+	// operating system thread; 1 to 64, default 16.
 	Threads int
 }
 
 const (
-	fuseDefaultThreads = 6
+	fuseDefaultThreads = 16
 	fuseMaxThreads     = 64
+	// fuseReaders is how many threads wait for requests. More of them only get in
+	// one another's way while requests are answered from memory.
+	fuseReaders = 4
 	// fuseBackground is how many asynchronous requests the kernel hands out before
 	// it makes the next one wait: the loop device's whole queue.
 	fuseBackground = 128
@@ -52,43 +55,18 @@ func ServeFUSE(ctx context.Context, file *os.File, dev block.Device, opts FUSEOp
 		return err
 	}
 	defer s.close()
-	threads := make([]*fuseThread, 0, n)
-	defer func() {
-		for _, t := range threads {
-			t.close()
-		}
-	}()
-	for range n {
-		t, err := s.newThread()
-		if err != nil {
-			return err
-		}
-		threads = append(threads, t)
-	}
 	defer context.AfterFunc(ctx, s.stop)()
-
-	ended := make(chan error, n)
-	for _, t := range threads {
-		go func() {
-			runtime.LockOSThread()
-			defer runtime.UnlockOSThread()
-			err := t.run()
-			s.stop() // one has seen the end: the others need not
-			ended <- err
-		}()
-	}
-	var errs []error
-	for range threads {
-		errs = append(errs, <-ended)
-	}
-	return errors.Join(errs...)
+	return s.run(n)
 }
 
 type fuseServer struct {
-	dev     block.Device
-	fd      int // a descriptor of our own for the connection, non-blocking
-	stopFD  int // eventfd, readable once the server shall stop
-	stopped atomic.Bool
+	dev    block.Device
+	fd     int // a descriptor of our own for the connection, non-blocking
+	stopFD int // eventfd, readable once the server shall stop
+
+	stopOnce sync.Once
+	stopped  chan struct{}
+	need     chan struct{} // a helper is wanted
 }
 
 func newFUSEServer(file *os.File, dev block.Device) (*fuseServer, error) {
@@ -107,7 +85,7 @@ func newFUSEServer(file *os.File, dev block.Device) (*fuseServer, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("fuse: eventfd: %w", err)
 	}
-	return &fuseServer{dev: dev, fd: fd, stopFD: stopFD}, nil
+	return &fuseServer{dev: dev, fd: fd, stopFD: stopFD, stopped: make(chan struct{}), need: make(chan struct{})}, nil
 }
 
 func (s *fuseServer) close() {
@@ -116,92 +94,20 @@ func (s *fuseServer) close() {
 }
 
 func (s *fuseServer) stop() {
-	if s.stopped.CompareAndSwap(false, true) {
+	s.stopOnce.Do(func() {
+		close(s.stopped)
 		// The counter starts at 0 and is written once: the write can't block.
 		_, _ = unix.Write(s.stopFD, []byte{1, 0, 0, 0, 0, 0, 0, 0})
-	}
+	})
 }
 
-// A fuseThread's memory is one mapping: a page that ends with the request's two
-// headers, then the data. So a request is read in one piece with the payload of a
-// write page-aligned, and a reply's header, which fits right before the data, is
-// written with it in one piece.
-//
-// The mapping is populated, locked and kept out of huge pages: the kernel copies to
-// and from it while it holds a request, and if a page is missing then and the process
-// is being killed, it fails the request instead of leaving it to the next server.
-const (
-	memData    = 4096
-	memRequest = memData - fuseInHeaderBytes - fuseWriteInBytes
-	memArgs    = memRequest + fuseInHeaderBytes
-	memReply   = memData - fuseOutHeaderBytes
-	memBytes   = memData + fuseMaxRequestBytes
-)
-
-type fuseThread struct {
-	*fuseServer
-	mem    []byte
-	epoll  int
-	events [2]unix.EpollEvent
-}
-
-func (s *fuseServer) newThread() (*fuseThread, error) {
-	mem, err := unix.Mmap(-1, 0, memBytes, unix.PROT_READ|unix.PROT_WRITE,
-		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err != nil {
-		return nil, fmt.Errorf("fuse: map a buffer of %d bytes: %w", memBytes, err)
+func (s *fuseServer) stopping() bool {
+	select {
+	case <-s.stopped:
+		return true
+	default:
+		return false
 	}
-	_ = unix.Madvise(mem, unix.MADV_NOHUGEPAGE) // fails where there are none
-	for i := 0; i < len(mem); i += os.Getpagesize() {
-		mem[i] = 1
-	}
-	_ = unix.Mlock(mem) // a limit on locked memory leaves it merely populated
-	t := &fuseThread{fuseServer: s, mem: mem, epoll: -1}
-	if t.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		t.close()
-		return nil, fmt.Errorf("fuse: create an epoll instance: %w", err)
-	}
-	// Exclusive: one request wakes one thread.
-	for fd, events := range map[int]uint32{s.fd: unix.EPOLLIN | unix.EPOLLEXCLUSIVE, s.stopFD: unix.EPOLLIN} {
-		if err := unix.EpollCtl(t.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: events, Fd: int32(fd)}); err != nil {
-			t.close()
-			return nil, fmt.Errorf("fuse: add a descriptor to an epoll instance: %w", err)
-		}
-	}
-	return t, nil
-}
-
-func (t *fuseThread) close() {
-	if t.epoll >= 0 {
-		unix.Close(t.epoll)
-	}
-	_ = unix.Munmap(t.mem)
-}
-
-// run takes and answers requests until the connection or the server ends.
-func (t *fuseThread) run() error {
-	for !t.stopped.Load() {
-		n, err := unix.Read(t.fd, t.mem[memRequest:])
-		switch {
-		case err == nil && n == 0:
-			return nil // not a FUSE connection's end, but a socket's, in tests
-		case err == nil:
-			if err := t.handle(n); err != nil {
-				return err
-			}
-		case err == unix.EAGAIN:
-			_, err := unix.EpollWait(t.epoll, t.events[:], -1)
-			if err != nil && err != unix.EINTR {
-				return fmt.Errorf("fuse: wait for a request: %w", err)
-			}
-		case err == unix.EINTR, err == unix.ENOENT: // ENOENT: given up by its sender meanwhile
-		case err == unix.ENODEV, err == unix.ECONNABORTED:
-			return nil
-		default:
-			return fmt.Errorf("fuse: read a request: %w", err)
-		}
-	}
-	return nil
 }
 
 var order = binary.NativeEndian
