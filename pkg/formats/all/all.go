@@ -1,0 +1,17 @@
+// Package all names every format: programs that open images call Register first.
+package all
+
+import (
+	"sync"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/raw"
+)
+
+// Register registers all formats, in the order in which they are probed: raw last,
+// because every file is a raw image. Only its first call does anything.
+func Register() { register() }
+
+var register = sync.OnceFunc(func() {
+	formats.Register(raw.Format{})
+})
