@@ -74,6 +74,11 @@ func New(layers []*Layer, opts Options) (*Disk, error) {
 func (l *Layer) prepare(opts Options) {
 	l.geometry = l.Codec.Geometry()
 	l.unsynced = make([]atomic.Bool, len(l.Files))
+	for i := range l.unsynced {
+		// A process that was killed may have written what nobody has synced yet. Its
+		// clients were told that it is written: the next flush has to cover it.
+		l.unsynced[i].Store(l.Writable)
+	}
 	if opts.TableCacheBytes > 0 {
 		l.Tables.maxPages = int(max(opts.TableCacheBytes/pageBytes, tableShards))
 	}
@@ -278,10 +283,10 @@ func (d *Disk) Close() error {
 // finish makes everything durable and leaves the top image as a clean close should. An
 // image that failed is left as it is: its journal can still bring changes back.
 func (d *Disk) finish() error {
-	if !d.begun.Load() {
+	if d.writable() != nil {
 		return nil
 	}
-	if err := d.Flush(); err != nil {
+	if err := d.Flush(); err != nil || !d.begun.Load() {
 		return err
 	}
 	d.committing.Lock()
