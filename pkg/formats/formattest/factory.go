@@ -29,8 +29,8 @@ type Factory struct {
 	SizeBytes int64
 	// QEMU is what qemu-img calls the format; "" if it cannot read such images.
 	QEMU string
-	// Headerless says that what a crash leaves of an image being created cannot be told
-	// from a smaller image.
+	// Headerless says that the file's length is all there is to tell the size, so that a
+	// crash while an image is created or grown leaves it anywhere on its way.
 	Headerless bool
 	// CannotGrow says that Resize is refused.
 	CannotGrow bool
@@ -57,6 +57,8 @@ var parts = []struct {
 	test func(*testing.T, Factory)
 }{
 	{"Model", testModel},
+	{"CrashSweep", testCrashSweep},
+	{"KillSweep", testKillSweep},
 }
 
 // register makes the format known, so that formats.Open finds it.

@@ -20,6 +20,9 @@ type player struct {
 	// leaky says that space was given back, or something failed or crashed: formats
 	// without a map of free space may have forgotten what nothing refers to.
 	leaky bool
+	// interrupted, if set, is where a hook of the file system leaves what it found wrong
+	// in the middle of a step.
+	interrupted *error
 
 	// mu guards m: hooks of the file system look at it in the middle of a step.
 	mu        sync.Mutex
@@ -63,6 +66,9 @@ func (p *player) play(t testing.TB, script []op) {
 		ioErr, wrong := p.step(o)
 		if unsupported(o, ioErr) {
 			ioErr = nil
+		}
+		if p.interrupted != nil {
+			wrong = errors.Join(wrong, *p.interrupted)
 		}
 		if err := errors.Join(ioErr, wrong); err != nil {
 			t.Fatalf("step %d of %d, %s (operation %06x): %v\nsteps until then:\n%s", i, len(script), o, p.ops, err, show(script, i))
@@ -295,10 +301,8 @@ func (p *player) finish(t testing.TB) {
 	if err := p.rig.check(p.leaky); err != nil {
 		t.Fatal(err)
 	}
-	for _, s := range p.snapshots {
-		if err := s.check(p.rig); err != nil {
-			t.Fatalf("snapshot %s: %v", s.name, err)
-		}
+	if err := p.checkSnapshots(p.rig); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -324,6 +328,17 @@ func (p *player) readBack() error {
 			return err
 		}
 		off += e.Len
+	}
+	return nil
+}
+
+// checkSnapshots returns an error unless the layers that were pushed down hold what they
+// held then, in r, where nothing is open.
+func (p *player) checkSnapshots(r *rig) error {
+	for _, s := range p.snapshots {
+		if err := s.check(r); err != nil {
+			return fmt.Errorf("snapshot %s: %w", s.name, err)
+		}
 	}
 	return nil
 }

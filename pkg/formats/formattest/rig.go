@@ -20,6 +20,8 @@ type rig struct {
 	names []string // of the chain's main files, the top one last
 	made  int      // images made: a name is not used twice
 	img   *formats.Image
+	// journal is where the redo journal is kept; nil: none.
+	journal *engine.JournalFile
 }
 
 // newRig creates a chain of one layer, not open.
@@ -32,7 +34,7 @@ func newRig(f Factory, fsys vfs.FS, size int64) (*rig, error) {
 	return &rig{f: f, fs: fsys, names: []string{req.Name}, made: 1}, nil
 }
 
-// on returns a rig for the same chain in another file system, not open.
+// on returns a rig for the same chain in another file system, not open, without journal.
 func (r *rig) on(fsys vfs.FS) *rig {
 	return &rig{f: r.f, fs: fsys, names: slices.Clone(r.names), made: r.made}
 }
@@ -40,16 +42,14 @@ func (r *rig) on(fsys vfs.FS) *rig {
 func (r *rig) top() string { return r.names[len(r.names)-1] }
 
 func (r *rig) open(mode vfs.Mode) error {
-	img, err := openImage(r.fs, r.f, r.top(), mode)
+	img, err := formats.Open(context.Background(), r.fs, r.top(), formats.OpenOptions{
+		Format: r.f.Format.Name(), Mode: mode, Journal: r.journal,
+	})
 	if err != nil {
 		return err
 	}
 	r.img = img
 	return nil
-}
-
-func openImage(fsys vfs.FS, f Factory, name string, mode vfs.Mode) (*formats.Image, error) {
-	return formats.Open(context.Background(), fsys, name, formats.OpenOptions{Format: f.Format.Name(), Mode: mode})
 }
 
 // close closes the image; it is released whatever close returns.

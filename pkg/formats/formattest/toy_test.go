@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"path"
 	"slices"
 
@@ -19,7 +18,7 @@ import (
 // 8-byte entries, clusters appended, a zero state, overlays. It is what the suite itself
 // is tested with, right and with bugs.
 //
-//	0     magic[8] guest size[8] cluster size[8] entries[8] id[8] parent's id[8] nameLen[8] parent's name…
+//	0     magic[8] guest size[8] cluster size[8] entries[8] times changed[8] nameLen[8] parent's name…
 //	4096  entries: 0 absent, 1 zero, else the file offset of a cluster
 type toy struct{ bug toyBug }
 
@@ -52,7 +51,7 @@ func (c *toyCodec) Geometry() engine.Geometry {
 }
 func (c *toyCodec) Describe() engine.Description { return engine.Description{} }
 func (c *toyCodec) Close() error                 { return nil }
-func (c *toyCodec) Identity() []byte             { return binary.LittleEndian.AppendUint64(nil, c.h.id) }
+func (c *toyCodec) Identity() []byte             { return binary.LittleEndian.AppendUint64(nil, c.h.changes) }
 func (c *toyCodec) Granule(off int64) (int64, int64) {
 	start := off / toyClusterBytes * toyClusterBytes
 	return start, start + toyClusterBytes
@@ -68,13 +67,13 @@ func (toy) Options() formats.Options {
 
 type toyHeader struct {
 	size, entries int64
-	id, parentID  uint64
+	changes       uint64 // times that the image was opened and changed
 	parent        string
 }
 
 func (h *toyHeader) marshal() []byte {
 	b := []byte(toyMagic)
-	for _, v := range []uint64{uint64(h.size), toyClusterBytes, uint64(h.entries), h.id, h.parentID, uint64(len(h.parent))} {
+	for _, v := range []uint64{uint64(h.size), toyClusterBytes, uint64(h.entries), h.changes, uint64(len(h.parent))} {
 		b = binary.LittleEndian.AppendUint64(b, v)
 	}
 	b = append(b, h.parent...)
@@ -86,22 +85,22 @@ func parseToyHeader(b []byte) (toyHeader, error) {
 		return toyHeader{}, toyWrong("no header")
 	}
 	at := func(i int) uint64 { return binary.LittleEndian.Uint64(b[8*i:]) }
-	h := toyHeader{size: int64(at(1)), entries: int64(at(3)), id: at(4), parentID: at(5)}
+	h := toyHeader{size: int64(at(1)), entries: int64(at(3)), changes: at(4)}
 	if at(2) != toyClusterBytes || h.size <= 0 || h.size > toyMaxBytes || h.entries < toyAlign(h.size)/toyClusterBytes || h.entries > toyMaxBytes {
 		return h, toyWrong("size %d, %d entries", h.size, h.entries)
 	}
-	if at(6) > toyMaxName {
-		return h, toyWrong("name of %d bytes", at(6))
+	if at(5) > toyMaxName {
+		return h, toyWrong("name of %d bytes", at(5))
 	}
-	h.parent = string(b[56 : 56+at(6)])
+	h.parent = string(b[48 : 48+at(5)])
 	return h, nil
 }
 
 func (f toy) Create(_ context.Context, req formats.CreateRequest) error {
-	h := toyHeader{size: req.SizeBytes, id: rand.Uint64()}
+	h := toyHeader{size: req.SizeBytes}
 	if req.Parent != nil {
 		parent := req.Parent.Layer.Codec.(*toyCodec)
-		h.parentID, h.parent = parent.h.id, vfs.RelativeLink(req.Name, req.Parent.Name)
+		h.parent = vfs.RelativeLink(req.Name, req.Parent.Name)
 		if h.size == 0 {
 			h.size = parent.h.size
 		}
@@ -287,19 +286,18 @@ func (c *toyCodec) Free(s engine.Span, zeroed bool) {
 }
 
 func (c *toyCodec) Begin(commit *engine.Commit) error {
-	if c.bug.is("written before begin is durable") {
-		return nil
-	}
 	h := c.h
-	h.id++
-	if h.parent != "" || c.bug.is("base changes its id") {
-		// An overlay has no children yet: its id may change.
-		h = c.h
+	if !c.bug.is("changes are not counted") {
+		h.changes++
 	}
 	if err := commit.WriteAt(0, h.marshal(), 0); err != nil {
 		return err
 	}
-	return commit.Sync()
+	if err := commit.Sync(); err != nil {
+		return err
+	}
+	c.h = h
+	return nil
 }
 
 func (c *toyCodec) Commit(commit *engine.Commit) error {

@@ -54,7 +54,8 @@ func (c *codec) Begin(*engine.Commit) error  { return nil }
 func (c *codec) Commit(*engine.Commit) error { return nil }
 func (c *codec) Finish(*engine.Commit) error { return nil }
 
-// Grow is one change of the file's length: a crash leaves the old or the new one.
+// Grow is one change of the file's length. Until it is durable, a crash leaves the old
+// one, the new one, or on some file systems one between.
 func (c *codec) Grow(commit *engine.Commit, size int64) error {
 	if size < c.sizeBytes || size > maxSizeBytes || size%sectorBytes != 0 {
 		return fmt.Errorf("raw: grow %s from %d to %d bytes: %w: want a greater multiple of %d, at most %d",

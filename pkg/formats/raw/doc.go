@@ -17,7 +17,8 @@
 //
 // # Why crashes are harmless
 //
-// There are no tables, so nothing can contradict anything. Growing is one change of the
-// file's length. A crash during creation can leave a shorter file, which nothing refers
-// to yet: whoever creates an image records its name after Create has returned.
+// There are no tables, so nothing can contradict anything. A crash while an image is
+// created or grown can leave a shorter file than wanted, as far as the file system allows
+// that: whoever creates an image records its name after Create has returned, and whoever
+// grows one grows it again.
 package raw

@@ -1,0 +1,214 @@
+package formattest
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// crashesPerPoint is how many different things a loss of power leaves at each operation.
+const crashesPerPoint = 3
+
+// testCrashSweep loses power before every single change of the file system that a script
+// causes, and looks at what is left.
+func testCrashSweep(t *testing.T, f Factory) {
+	counted(t, &Figures.CrashPoints, "crash points")
+	counted(t, &Figures.Crashes, "images after crashes")
+	for _, depth := range f.depths()[:min(2, len(f.depths()))] {
+		t.Run(fmt.Sprintf("depth=%d", depth), func(t *testing.T) { sweepCrashes(t, f, depth) })
+	}
+	t.Run("create", func(t *testing.T) { sweepCrashesOfCreate(t, f) })
+}
+
+func sweepCrashes(t *testing.T, f Factory, depth int) {
+	r := testenv.Rand(t)
+	mem := vfs.NewMem()
+	c := &crasher{r: r, mem: mem}
+	p := newPlayer(t, f, vfs.Inject(mem, vfs.If(vfs.Changing, c.hook)), r, depth)
+	p.mustStep(t, op{kind: opFlush})
+	script := f.script(r, mix{opWrite: 12, opZero: 4, opDiscard: 4, opFlush: 4, opReopen: 1, opGrow: 1, opPush: 1}, scaled(120))
+	c.p, p.interrupted = p, &c.err
+	p.play(t, script)
+	c.p = nil
+	p.finish(t)
+	if c.left != nil {
+		c.left.checkWithQEMU(t, c.content)
+	}
+}
+
+// crasher looks at crashes of an image while a player plays on it.
+type crasher struct {
+	r   *rand.Rand
+	mem *vfs.Mem
+	p   *player // nil: not now
+	err error   // the first thing wrong
+
+	// left is the last image that a crash left, and what was in it.
+	left    *rig
+	content []byte
+}
+
+// hook is called before a change of the file system.
+func (c *crasher) hook(at vfs.Op) error {
+	if c.p == nil || c.err != nil {
+		return nil
+	}
+	Figures.CrashPoints.Add(1)
+	for range crashesPerPoint {
+		if err := c.crash(); err != nil {
+			c.err = fmt.Errorf("power lost before %s: %w", showFSOp(at), err)
+		}
+	}
+	return nil
+}
+
+func showFSOp(o vfs.Op) string {
+	s := fmt.Sprintf("file system operation %d, %s %s", o.N, o.Kind, o.Name)
+	if o.Kind == vfs.OpWrite || o.Kind == vfs.OpPunchHole || o.Kind == vfs.OpTruncate || o.Kind == vfs.OpAllocate {
+		s += fmt.Sprintf(" %#x+%#x", o.Off, o.Len)
+	}
+	return s
+}
+
+// crash loses power once and looks at the image, and now and then lives on with it.
+func (c *crasher) crash() error {
+	Figures.Crashes.Add(1)
+	fsys := track(c.mem.Crash(c.r))
+	left := c.p.rig.on(fsys)
+	got, err := left.inspect()
+	if err != nil {
+		return err
+	}
+	if err := c.p.allowsAfterCrash(got); err != nil {
+		return err
+	}
+	if err := c.p.checkSnapshots(left); err != nil {
+		return err
+	}
+	c.left, c.content = left, got
+	if c.r.IntN(8) == 0 {
+		if err := liveOn(left, got, c.r); err != nil {
+			return fmt.Errorf("when used after that: %w", err)
+		}
+		c.left = nil
+	}
+	if leaks := fsys.leaks(); leaks != "" {
+		return errors.New(leaks)
+	}
+	return nil
+}
+
+// inspect opens an image that is not open as the next process does, reads all of it, and
+// has it checked.
+func (r *rig) inspect() ([]byte, error) {
+	if err := r.open(vfs.ReadWrite); err != nil {
+		return nil, err
+	}
+	got, err := r.readAll()
+	if err = errors.Join(err, r.close()); err != nil {
+		return nil, err
+	}
+	return got, r.check(true)
+}
+
+// allowsAfterCrash returns an error unless got can be what a crash now leaves.
+func (p *player) allowsAfterCrash(got []byte) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.checkSize(len(got)); err != nil {
+		return err
+	}
+	return p.m.afterCrash(got)
+}
+
+func (p *player) checkSize(n int) error {
+	for _, size := range p.sizes {
+		if int64(n) == size {
+			return nil
+		}
+	}
+	if p.rig.f.Headerless && slices.Min(p.sizes) <= int64(n) && int64(n) <= slices.Max(p.sizes) {
+		return nil
+	}
+	return fmt.Errorf("the disk has %d bytes, want one of %d", n, p.sizes)
+}
+
+// liveOn uses an image that is not open for a while: nothing that a crash left may get
+// in the way.
+func liveOn(left *rig, content []byte, r *rand.Rand) error {
+	const firstOp = 0x800000 // tells what is written here from what was there
+	p := &player{
+		rig: left, ops: firstOp, leaky: true, m: newModel(contents{bytes: content}), sizes: []int64{int64(len(content))},
+	}
+	if err := left.open(vfs.ReadWrite); err != nil {
+		return err
+	}
+	s := left.f.shape()
+	s.size = int64(len(content))
+	script := newScript(r, s, mix{opRead: 4, opWrite: 8, opZero: 2, opDiscard: 2, opFlush: 2, opReopen: 1}, 15)
+	for i, o := range script {
+		ioErr, wrong := p.step(o)
+		if unsupported(o, ioErr) {
+			ioErr = nil
+		}
+		if err := errors.Join(ioErr, wrong); err != nil {
+			return fmt.Errorf("%w\nsteps:\n%s", errors.Join(err, p.rig.close()), show(script, i))
+		}
+	}
+	err := p.readBack()
+	return errors.Join(err, left.close(), left.check(true))
+}
+
+// sweepCrashesOfCreate loses power at every change that creating an image makes: what is
+// left is the image or nothing that could be mistaken for one.
+func sweepCrashesOfCreate(t *testing.T, f Factory) {
+	r := testenv.Rand(t)
+	for range scaled(10) {
+		mem := vfs.NewMem()
+		var wrong error
+		hook := func(at vfs.Op) error {
+			Figures.CrashPoints.Add(1)
+			for range crashesPerPoint {
+				Figures.Crashes.Add(1)
+				if err := inspectHalfMade(f, mem.Crash(r)); err != nil && wrong == nil {
+					wrong = fmt.Errorf("power lost before %s: %w", showFSOp(at), err)
+				}
+			}
+			return nil
+		}
+		made, err := newRig(f, vfs.Inject(mem, vfs.If(vfs.Changing, hook)), f.shape().size)
+		if err := errors.Join(err, wrong); err != nil {
+			t.Fatal(err)
+		}
+		got, err := made.on(mem.Crash(r)).inspect()
+		if err == nil && int64(len(got)) != f.shape().size {
+			err = fmt.Errorf("it has %d bytes, want %d", len(got), f.shape().size)
+		}
+		if err != nil {
+			t.Fatalf("power lost after create had returned: %v", err)
+		}
+	}
+}
+
+// inspectHalfMade returns an error if what is left of an image being created looks like
+// an image but is not the one that was to be.
+func inspectHalfMade(f Factory, fsys vfs.FS) error {
+	left := &rig{f: f, fs: fsys, names: []string{f.fileName(0)}, made: 1}
+	if err := left.open(vfs.ReadWrite); err != nil {
+		return nil
+	}
+	got, err := left.readAll()
+	if err = errors.Join(err, left.close(), left.check(true)); err != nil {
+		return err
+	}
+	if int64(len(got)) != f.shape().size && !f.Headerless {
+		return fmt.Errorf("it has %d bytes, want %d", len(got), f.shape().size)
+	}
+	want := newContents(int64(len(got)))
+	return want.check(0, got, nil)
+}
