@@ -168,29 +168,27 @@ type Attachment struct {
 }
 
 // Mounter is the node's mount table and its file-system tools. Methods are safe for
-// concurrent use for different paths. A call may hang while the storage does; ctx
-// bounds only what can be given up without harm.
+// concurrent use for different devices and paths. They may hang while storage does.
 type Mounter interface {
-	// Mounts returns the mounts of block devices: file systems on them, and bind
-	// mounts of their nodes.
+	// Mounts returns the mounts of block devices, file systems on them and bind
+	// mounts of their nodes, in the order in which they were made.
 	Mounts() ([]Mount, error)
 	// FileSystem returns the type of the file system on a device, "" if there is
 	// nothing on it, or PartitionTable.
-	FileSystem(ctx context.Context, device string) (string, error)
-	// Format makes a file system on a device that nothing is on.
-	Format(ctx context.Context, device, fsType string) error
-	// Mount mounts the file system on a device, after repairing it if it is to be
-	// writable. The directory must exist.
-	Mount(ctx context.Context, device, path, fsType string, options []string) error
+	FileSystem(device string) (string, error)
+	// FormatAndMount mounts the file system on a device at a directory that exists,
+	// after making it if there is nothing on the device, or repairing it; neither
+	// with the option "ro". block.ErrBusy: an earlier call is still making it.
+	FormatAndMount(device, path, fsType string, options []string) error
 	// Bind makes source appear at path. Both are directories, or both are files.
-	Bind(ctx context.Context, source, path string, readOnly bool) error
+	Bind(source, path string, readOnly bool) error
 	// RemountReadOnly makes a bind mount read-only.
-	RemountReadOnly(ctx context.Context, path string) error
+	RemountReadOnly(path string) error
 	// Unmount undoes the last mount at path. It returns when that is gone from the
 	// mount table and what it held is written.
 	Unmount(path string) error
-	// Grow makes the file system on a device as large as the device.
-	Grow(ctx context.Context, device, path string) error
+	// Grow makes the mounted file system on a device as large as the device.
+	Grow(device, path string) error
 	// Usage returns the figures of the file system at path.
 	Usage(path string) (Usage, error)
 }

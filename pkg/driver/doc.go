@@ -1,7 +1,7 @@
 // Package driver is the CSI driver: the Identity, Controller and Node services. It
 // validates requests, delegates to the interfaces it declares in contracts.go, and
-// translates errors in errors.go; nothing else. Package wire connects it to the real
-// store, supervisor and host.
+// translates errors in errors.go; nothing else. Packages wire and hostmount connect it to
+// the real store and supervisor, and to the host.
 //
 // # Where things are
 //
@@ -28,8 +28,8 @@
 // and does only what is missing, in an order in which each step is of no harm when the
 // next never comes:
 //
-//   - stage: attach (idempotent by handle), format if there is nothing on the device,
-//     mount, grow the file system;
+//   - stage: attach (idempotent by handle), make a file system if there is nothing on
+//     the device, mount it, grow it;
 //   - unstage: unmount until nothing is mounted there, then detach;
 //   - publish: make the target, bind it, make the bind mount read-only;
 //   - unpublish: unmount, remove the target.

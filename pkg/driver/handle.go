@@ -19,9 +19,13 @@ const (
 	maxNameBytes  = 47
 )
 
-// names are what stores, volumes and snapshots are called: they are names of files on
-// any kind of share, so lower case only.
+// names are what stores, and the volumes and snapshots made here, are called: they are
+// names of files on any kind of share, so lower case only.
 var names = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]*$`)
+
+// handleNames are what volumes and snapshots in handles can be called: others than this
+// driver make them too.
+var handleNames = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._%-]*$`)
 
 const nameRule = `a-z, 0-9, "-", "." and "_", beginning with a letter or digit`
 
@@ -77,7 +81,7 @@ func parseHandle(s string) (handle, error) {
 		}
 		return handle{store: store, image: image}, nil
 	}
-	if !names.MatchString(rest) {
+	if !handleNames.MatchString(rest) {
 		return handle{}, noSuch
 	}
 	return handle{store: store, volume: rest}, nil
@@ -90,7 +94,7 @@ func parseSnapshotHandle(s string) (snapshotHandle, error) {
 	}
 	store, rest, ok := strings.Cut(s, "/")
 	volume, snapshot, okAt := strings.Cut(rest, "@")
-	if !ok || !okAt || ValidateStoreName(store) != nil || !names.MatchString(volume) || !names.MatchString(snapshot) {
+	if !ok || !okAt || ValidateStoreName(store) != nil || !handleNames.MatchString(volume) || !handleNames.MatchString(snapshot) {
 		return snapshotHandle{}, fmt.Errorf("snapshot %q: %w: ids are <store>/<volume>@<snapshot>", s, block.ErrNotFound)
 	}
 	return snapshotHandle{store, volume, snapshot}, nil

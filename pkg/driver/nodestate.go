@@ -63,7 +63,7 @@ func (n *node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRe
 	if err != nil {
 		return nil, fmt.Errorf("expand volume %s: %w", id, err)
 	}
-	if err := n.grow(ctx, at); err != nil {
+	if err := n.grow(at); err != nil {
 		return nil, fmt.Errorf("expand volume %s: %w", id, err)
 	}
 	return &csi.NodeExpandVolumeResponse{CapacityBytes: at.SizeBytes}, nil
@@ -93,14 +93,14 @@ func (n *node) resize(ctx context.Context, volumeID string, size int64) (Attachm
 
 // grow makes the file system on a device as large as the device, if there is one of
 // ours mounted writable.
-func (n *node) grow(ctx context.Context, at Attachment) error {
+func (n *node) grow(at Attachment) error {
 	mounts, err := n.cfg.Mounter.Mounts()
 	if err != nil {
 		return fmt.Errorf("mount table: %w", err)
 	}
 	for _, m := range mounts {
 		if m.Device == at.Device && !m.ReadOnly && minBytes(m.FSType) > 0 {
-			return n.cfg.Mounter.Grow(ctx, at.Device, m.Path)
+			return n.cfg.Mounter.Grow(at.Device, m.Path)
 		}
 	}
 	return nil

@@ -74,9 +74,9 @@ func (n *node) publish(ctx context.Context, p publication) error {
 		}
 	}
 	if p.use.block {
-		return n.publishBlock(ctx, at, p)
+		return n.publishBlock(at, p)
 	}
-	return n.publishFileSystem(ctx, at, p)
+	return n.publishFileSystem(at, p)
 }
 
 // soleTarget refuses a second target.
@@ -89,7 +89,7 @@ func soleTarget(mounts []Mount, at Attachment, p publication) error {
 	return nil
 }
 
-func (n *node) publishBlock(ctx context.Context, at Attachment, p publication) error {
+func (n *node) publishBlock(at Attachment, p publication) error {
 	if p.readOnly && !at.ReadOnly {
 		return fmt.Errorf("raw block is read-only for all of a node or not at all, and it is staged writable: %w: use a read-only access mode", errPrecondition)
 	}
@@ -107,10 +107,10 @@ func (n *node) publishBlock(ctx context.Context, at Attachment, p publication) e
 	if err != nil {
 		return err
 	}
-	return undoUnless(n.cfg.Mounter.Bind(ctx, at.Device, p.target, false), made, p.target)
+	return undoUnless(n.cfg.Mounter.Bind(at.Device, p.target, false), made, p.target)
 }
 
-func (n *node) publishFileSystem(ctx context.Context, at Attachment, p publication) error {
+func (n *node) publishFileSystem(at Attachment, p publication) error {
 	staged, err := n.mountAt(p.staging)
 	if err != nil {
 		return err
@@ -128,14 +128,14 @@ func (n *node) publishFileSystem(ctx context.Context, at Attachment, p publicati
 		if err != nil {
 			return err
 		}
-		return undoUnless(n.cfg.Mounter.Bind(ctx, p.staging, p.target, readOnly), made, p.target)
+		return undoUnless(n.cfg.Mounter.Bind(p.staging, p.target, readOnly), made, p.target)
 	case there.Device != at.Device || there.FSType == "":
 		return occupied(*there)
 	case there.ReadOnly && !readOnly:
 		return fmt.Errorf("it is published there read-only: %w", block.ErrExists)
 	case readOnly && !there.ReadOnly:
 		// A call was killed between the two steps of a read-only bind.
-		return n.cfg.Mounter.RemountReadOnly(ctx, p.target)
+		return n.cfg.Mounter.RemountReadOnly(p.target)
 	}
 	return nil
 }

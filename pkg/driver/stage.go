@@ -61,7 +61,7 @@ func (n *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 	if use.block {
 		return &csi.NodeStageVolumeResponse{}, nil // published from the device itself
 	}
-	if err := n.stageFileSystem(ctx, at, staging, use); err != nil {
+	if err := n.stageFileSystem(at, staging, use); err != nil {
 		return nil, fmt.Errorf("stage volume %s at %s: %w", spec.Handle, staging, err)
 	}
 	return &csi.NodeStageVolumeResponse{}, nil
@@ -158,14 +158,14 @@ func (n *node) usersOf(ctx context.Context, volumeID string) ([]string, error) {
 
 // stageFileSystem mounts a device's file system at the staging path, making it if the
 // device is empty. Killed at any point, the next call does what is missing.
-func (n *node) stageFileSystem(ctx context.Context, at Attachment, staging string, use usage) error {
+func (n *node) stageFileSystem(at Attachment, staging string, use usage) error {
 	readOnly := use.readOnly || at.ReadOnly
 	mounted, err := n.mountAt(staging)
 	if err != nil {
 		return err
 	}
 	if mounted == nil {
-		mounted, err = n.mountStaged(ctx, at, staging, use, readOnly)
+		mounted, err = n.mountStaged(at, staging, use, readOnly)
 		if err != nil {
 			return err
 		}
@@ -176,7 +176,7 @@ func (n *node) stageFileSystem(ctx context.Context, at Attachment, staging strin
 		return nil
 	}
 	// A volume restored or cloned to a larger size, or expanded while detached.
-	return n.cfg.Mounter.Grow(ctx, at.Device, staging)
+	return n.cfg.Mounter.Grow(at.Device, staging)
 }
 
 // matches says whether what is mounted at a staging path is what is asked for.
@@ -192,24 +192,24 @@ func matches(m Mount, at Attachment, use usage, readOnly bool) error {
 	return nil
 }
 
-func (n *node) mountStaged(ctx context.Context, at Attachment, staging string, use usage, readOnly bool) (*Mount, error) {
-	fsType, err := n.prepare(ctx, at, use, readOnly)
+func (n *node) mountStaged(at Attachment, staging string, use usage, readOnly bool) (*Mount, error) {
+	fsType, err := n.fileSystemFor(at, use, readOnly)
 	if err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(staging, 0o750); err != nil {
 		return nil, fmt.Errorf("make the mount point: %w", err)
 	}
-	if err := n.cfg.Mounter.Mount(ctx, at.Device, staging, fsType, mountOptions(fsType, use.mountFlags, readOnly)); err != nil {
+	if err := n.cfg.Mounter.FormatAndMount(at.Device, staging, fsType, mountOptions(fsType, use.mountFlags, readOnly)); err != nil {
 		return nil, err
 	}
 	return &Mount{Path: staging, Device: at.Device, FSType: fsType, ReadOnly: readOnly}, nil
 }
 
-// prepare returns the type of the file system on a device, which it makes on an empty
-// one.
-func (n *node) prepare(ctx context.Context, at Attachment, use usage, readOnly bool) (fsType string, err error) {
-	found, err := n.cfg.Mounter.FileSystem(ctx, at.Device)
+// fileSystemFor returns the type of the file system that a device has or, if it is
+// empty, is to get.
+func (n *node) fileSystemFor(at Attachment, use usage, readOnly bool) (fsType string, err error) {
+	found, err := n.cfg.Mounter.FileSystem(at.Device)
 	switch {
 	case err != nil:
 		return "", err
@@ -229,7 +229,7 @@ func (n *node) prepare(ctx context.Context, at Attachment, use usage, readOnly b
 	if least := minBytes(fsType); at.SizeBytes < least {
 		return "", tooSmall(fsType, at.SizeBytes, least)
 	}
-	return fsType, n.cfg.Mounter.Format(ctx, at.Device, fsType)
+	return fsType, nil
 }
 
 func mountOptions(fsType string, flags []string, readOnly bool) []string {
