@@ -75,6 +75,7 @@ type attachment struct {
 
 // command asks an attachment for something.
 type command struct {
+	client  context.Context // ends when nobody waits for the answer any more
 	kind    commandKind
 	request AttachRequest // cmdAttach
 	force   bool          // cmdDetach
@@ -249,6 +250,7 @@ func cleanupContext(ctx context.Context) (context.Context, context.CancelFunc) {
 func (a *attachment) answer(ctx context.Context, c *command) {
 	at, err := a.handle(ctx, c)
 	if errors.Is(err, errPark) {
+		a.parked = slices.DeleteFunc(a.parked, func(c *command) bool { return c.client.Err() != nil })
 		a.parked = append(a.parked, c)
 		return
 	}

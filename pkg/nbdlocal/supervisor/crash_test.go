@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
 )
 
@@ -115,7 +116,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 					continue
 				}
 				t.Run(fmt.Sprintf("%d %s", i, step), func(t *testing.T) {
-					c := newCrashing(t, fmt.Sprintf("crash=%d", i))
+					c := newCrashing(t, crashAt(i))
 					c.play(sc)
 					if c.crashes != 1 {
 						t.Errorf("the supervisor ended %d times, want once, at step %d", c.crashes, i)
@@ -127,11 +128,29 @@ func TestKilledAtEveryStep(t *testing.T) {
 	t.Logf("%d steps", total)
 }
 
+func crashAt(step int) []string { return []string{fmt.Sprintf("crash=%d", step)} }
+
+// TestKilledAgain kills supervisors while they repair what others left.
+func TestKilledAgain(t *testing.T) {
+	rng := testenv.Rand(t)
+	rounds := 30
+	if testing.Short() {
+		rounds = 5
+	}
+	for range rounds {
+		sc := scenarios[rng.IntN(len(scenarios))]
+		first, second, third := rng.IntN(25), rng.IntN(8), rng.IntN(8)
+		t.Run(fmt.Sprintf("%s %d %d %d", sc.name, first, second, third), func(t *testing.T) {
+			newCrashing(t, crashAt(first), crashAt(second), crashAt(third)).play(sc)
+		})
+	}
+}
+
 // countSteps plays a scenario undisturbed and returns the steps it comes by.
 func countSteps(t *testing.T, sc scenario) []string {
 	c := newCrashing(t)
 	list := filepath.Join(c.dir, "steps")
-	c.args = []string{"steps=" + list}
+	c.args = [][]string{{"steps=" + list}}
 	c.play(sc)
 	content, err := os.ReadFile(list)
 	if err != nil {
@@ -143,17 +162,27 @@ func countSteps(t *testing.T, sc scenario) []string {
 // crashing is a harness that starts a supervisor again when one has ended.
 type crashing struct {
 	*harness
-	args    []string // for the first supervisor
+	args    [][]string // for the first supervisor, the second, and so on
 	crashes int
 }
 
-func newCrashing(t *testing.T, args ...string) *crashing {
+func newCrashing(t *testing.T, args ...[]string) *crashing {
 	return &crashing{harness: newHarness(t), args: args}
+}
+
+// startNext starts the next supervisor.
+func (c *crashing) startNext() {
+	c.t.Helper()
+	var args []string
+	if len(c.args) > 0 {
+		args, c.args = c.args[0], c.args[1:]
+	}
+	c.startProcess(args...)
 }
 
 func (c *crashing) play(sc scenario) {
 	c.t.Helper()
-	c.startProcess(c.args...)
+	c.startNext()
 	image := c.newImage("disk")
 	sc.run(c, image)
 	c.revive()
@@ -173,7 +202,7 @@ func (c *crashing) revive() {
 		<-c.ended
 	}
 	c.crashes++
-	c.startProcess()
+	c.startNext()
 }
 
 // do repeats an operation as a client would: while no supervisor answers, and after

@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -28,7 +28,7 @@ func (s *Supervisor) serveAPI(ctx context.Context, listener net.Listener) error 
 		Handler:           s.routes(),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       time.Minute,
-		ErrorLog:          log.New(io.Discard, "", 0),
+		ErrorLog:          slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelWarn),
 		// Requests end with the supervisor, which then answers them.
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}

@@ -190,8 +190,11 @@ const testEnv = "GORACE=atexit_sleep_ms=0"
 
 func testConfig(values map[string]string, log io.Writer) Config {
 	transports := []attach.Transport{&fakeTransport{dir: values["kernel"]}}
-	if values["transport"] == "fuse" {
+	switch values["transport"] {
+	case "fuse":
 		transports = []attach.Transport{attach.NewFUSE()}
+	case "nbd":
+		transports = []attach.Transport{attach.NewNBD(attach.NBDOptions{})}
 	}
 	return Config{
 		StateDir:     values["stateDir"],

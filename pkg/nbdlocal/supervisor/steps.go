@@ -377,7 +377,9 @@ func (a *attachment) detach(ctx context.Context, force bool) error {
 	}
 	if a.rec.Phase != Lost && a.rec.Kernel != nil {
 		if err := a.detachDevice(ctx); err != nil {
-			a.problem = err
+			if a.rec.Phase != Serving {
+				a.problem = err
+			}
 			return fmt.Errorf("detach %s: %w", a.id, err)
 		}
 	}

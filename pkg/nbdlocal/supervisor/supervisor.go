@@ -250,7 +250,7 @@ func (s *Supervisor) startLocked(a *attachment) {
 // ends: the command is carried out all the same. An attach makes an attachment that
 // is not there.
 func (s *Supervisor) submit(ctx context.Context, id string, c *command) (Attachment, error) {
-	c.done = make(chan result, 1)
+	c.client, c.done = ctx, make(chan result, 1)
 	if err := s.enqueue(id, c); err != nil {
 		return Attachment{}, err
 	}

@@ -337,7 +337,7 @@ func TestDetach_Busy(t *testing.T) {
 	if err := h.client.Detach(h.ctx, image, false); !errors.Is(err, block.ErrBusy) {
 		t.Fatalf("detach: %v, want %v", err, block.ErrBusy)
 	}
-	if now := h.waitPhase(image, Serving); now.PID != at.PID {
+	if now := h.waitPhase(image, Serving); now.PID != at.PID || now.Problem != "" {
 		t.Errorf("after a refused detach: %+v", now)
 	}
 	h.remove(h.kernel.path(image, ".busy"))

@@ -1,7 +1,6 @@
 package supervisor
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -20,16 +19,24 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
 )
 
-// newFUSEHarness is a harness whose devices are real.
-func newFUSEHarness(t *testing.T) *harness {
-	t.Helper()
+// onDevices runs a test with the real devices of each transport that works here.
+func onDevices(t *testing.T, test func(t *testing.T, h *harness)) {
 	testenv.Root(t)
-	if err := attach.NewFUSE().Probe(context.Background()); err != nil {
-		t.Skipf("the fuse transport does not work here: %v", err)
+	works := 0
+	for _, transport := range []attach.Transport{attach.NewNBD(attach.NBDOptions{}), attach.NewFUSE()} {
+		t.Run(transport.Name(), func(t *testing.T) {
+			if err := transport.Probe(t.Context()); err != nil {
+				t.Skipf("the transport does not work here: %v", err)
+			}
+			works++
+			h := newHarness(t)
+			h.real = transport.Name()
+			test(t, h)
+		})
 	}
-	h := newHarness(t)
-	h.real = "fuse"
-	return h
+	if works == 0 {
+		t.Skip("no transport works here")
+	}
 }
 
 // newDisk makes an image for fio to write to.
@@ -75,27 +82,41 @@ func startFIO(t *testing.T, device string, seconds int) (wait func()) {
 	}
 }
 
-// checkNoDevices checks that no loop device has an attachment behind it.
+// devices returns what the kernel has of this harness's attachments.
+func (h *harness) devices() []string {
+	h.t.Helper()
+	var found []string
+	for _, pattern := range []string{"/sys/block/loop*/loop/backing_file", "/sys/block/nbd*/backend"} {
+		names, err := filepath.Glob(pattern)
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		for _, name := range names {
+			backing, err := os.ReadFile(name)
+			if err == nil && strings.Contains(string(backing), filepath.Base(filepath.Dir(h.dir))) {
+				found = append(found, name)
+			}
+		}
+	}
+	return found
+}
+
+// checkNoDevices checks that nothing is left of an attachment, in the kernel or elsewhere.
 func (h *harness) checkNoDevices(image string) {
 	h.t.Helper()
-	names, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	for _, name := range names {
-		if backing, err := os.ReadFile(name); err == nil && strings.Contains(string(backing), filepath.Base(h.dir)) {
-			h.t.Errorf("%s is left, on %s", name, backing)
-		}
+	if left := h.devices(); left != nil {
+		h.t.Errorf("left: %v", left)
 	}
 	h.checkGone(image)
 }
 
-func TestFUSE_ServerKilledUnderLoad(t *testing.T) {
-	h := newFUSEHarness(t)
+func TestDevice_ServerKilledUnderLoad(t *testing.T) { onDevices(t, testDevice_ServerKilledUnderLoad) }
+
+func testDevice_ServerKilledUnderLoad(t *testing.T, h *harness) {
 	h.startHere()
 	image := h.newDisk("disk")
 	at := h.attach(image)
-	seconds, kills := 8, 0
+	seconds, kills := 5, 0
 	if testing.Short() {
 		seconds = 3
 	}
@@ -112,12 +133,15 @@ func TestFUSE_ServerKilledUnderLoad(t *testing.T) {
 	h.checkNoDevices(image)
 }
 
-func TestFUSE_SupervisorKilledUnderLoad(t *testing.T) {
-	h := newFUSEHarness(t)
+func TestDevice_SupervisorKilledUnderLoad(t *testing.T) {
+	onDevices(t, testDevice_SupervisorKilledUnderLoad)
+}
+
+func testDevice_SupervisorKilledUnderLoad(t *testing.T, h *harness) {
 	h.startProcess()
 	image := h.newDisk("disk")
 	at := h.attach(image)
-	seconds, kills := 8, 0
+	seconds, kills := 5, 0
 	if testing.Short() {
 		seconds = 3
 	}
@@ -143,39 +167,65 @@ func TestFUSE_SupervisorKilledUnderLoad(t *testing.T) {
 	h.checkNoDevices(image)
 }
 
-// With fuse the device cannot outlive all processes that hold its descriptor. It must
-// not hang its users then, and nothing may be left of it.
-func TestFUSE_AllKilled(t *testing.T) {
-	h := newFUSEHarness(t)
-	h.startProcess()
-	image := h.newDisk("disk")
-	at := h.attach(image)
-	device, err := os.OpenFile(at.Device, os.O_RDWR|unix.O_DIRECT, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h.kill()
-	killServer(t, at.PID)
-	if err := readSector(device); err == nil {
+// When all processes are killed an nbd device waits for the next supervisor. A fuse
+// device cannot: it must not make its users wait then, and nothing may be left of it.
+func TestDevice_AllKilled(t *testing.T) {
+	onDevices(t, func(t *testing.T, h *harness) {
+		h.startProcess()
+		image := h.newDisk("disk")
+		at := h.attach(image)
+		device, err := os.OpenFile(at.Device, os.O_RDWR|unix.O_DIRECT, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer device.Close()
+		h.kill()
+		killServer(t, at.PID)
+		read := make(chan error, 1)
+		go func() { read <- readSector(device) }()
+		if h.real == "fuse" {
+			checkLost(t, h, image, device, read)
+		} else {
+			checkSurvived(t, h, image, device, read)
+		}
+		h.checkNoDevices(image)
+	})
+}
+
+func checkLost(t *testing.T, h *harness, image string, device *os.File, read chan error) {
+	if err := <-read; err == nil {
 		t.Error("a device without a server can be read")
 	}
 	device.Close()
 	h.startProcess()
-	lost := h.waitPhase(image, Lost)
-	if lost.Device != "" || lost.Problem == "" {
+	if lost := h.waitPhase(image, Lost); lost.Device != "" || lost.Problem == "" {
 		t.Errorf("lost: %+v", lost)
 	}
-	at = h.attach(image)
-	device, err = os.OpenFile(at.Device, os.O_RDWR|unix.O_DIRECT, 0)
+	at := h.attach(image)
+	again, err := os.OpenFile(at.Device, os.O_RDWR|unix.O_DIRECT, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := readSector(device); err != nil {
+	if err := readSector(again); err != nil {
 		t.Errorf("attached again: %v", err)
 	}
+	again.Close()
+	h.detach(image)
+}
+
+func checkSurvived(t *testing.T, h *harness, image string, device *os.File, read chan error) {
+	select {
+	case err := <-read:
+		t.Errorf("a read did not wait: %v", err)
+	case <-time.After(time.Second):
+	}
+	h.startProcess()
+	if err := <-read; err != nil {
+		t.Errorf("the read that waited: %v", err)
+	}
+	h.waitPhase(image, Serving)
 	device.Close()
 	h.detach(image)
-	h.checkNoDevices(image)
 }
 
 // readSector reads from a device past every cache.
@@ -189,9 +239,10 @@ func readSector(device *os.File) error {
 	return err
 }
 
-func TestFUSE_DetachBusyResize(t *testing.T) {
-	h := newFUSEHarness(t)
-	h.startHere()
+func TestDevice_DetachBusyResize(t *testing.T) { onDevices(t, testDevice_DetachBusyResize) }
+
+func testDevice_DetachBusyResize(t *testing.T, h *harness) {
+	h.startProcess() // a process does not count as a user of its own devices
 	image := h.newDisk("disk")
 	at := h.attach(image)
 	device, err := os.OpenFile(at.Device, os.O_RDWR, 0)
@@ -219,14 +270,18 @@ func TestFUSE_DetachBusyResize(t *testing.T) {
 
 // What is written through the page cache and not synced is in the image after a
 // detach.
-func TestFUSE_DetachIsDurable(t *testing.T) {
-	h := newFUSEHarness(t)
+func TestDevice_DetachIsDurable(t *testing.T) { onDevices(t, testDevice_DetachIsDurable) }
+
+func testDevice_DetachIsDurable(t *testing.T, h *harness) {
 	h.startHere()
 	image := h.newDisk("disk")
 	at := h.attach(image)
 	device, err := os.OpenFile(at.Device, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if seen := h.devices(); len(seen) != 1 {
+		t.Errorf("attached: %v", seen)
 	}
 	written := strings.Repeat("written through the cache ", 1000)
 	if _, err := device.WriteAt([]byte(written), 12345); err != nil {
@@ -242,8 +297,9 @@ func TestFUSE_DetachIsDurable(t *testing.T) {
 }
 
 // An idle server must be small: a node has one for every volume.
-func TestFUSE_IdleServer(t *testing.T) {
-	h := newFUSEHarness(t)
+func TestDevice_IdleServer(t *testing.T) { onDevices(t, testDevice_IdleServer) }
+
+func testDevice_IdleServer(t *testing.T, h *harness) {
 	h.startHere()
 	image := h.newDisk("disk")
 	at := h.attach(image)
