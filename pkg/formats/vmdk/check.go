@@ -1,0 +1,402 @@
+package vmdk
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"math/bits"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
+)
+
+const (
+	// maxProblems bounds how many problems are described; all are counted.
+	maxProblems = 100
+	// maxUnits bounds the bitmap of a check: a bit for each unit of the file.
+	maxUnits = 64 << 20 * 8
+)
+
+// Check examines the tables of all sparse extents, and how long flat files are. A repair
+// takes each entry that is bad from the other copy, makes stale copies equal, and cuts off
+// what nothing refers to at a file's end.
+func (m *image) Check(ctx context.Context, c *engine.Commit, progress func(done, total int64)) (engine.CheckResult, error) {
+	result := engine.CheckResult{}
+	var tables, done int64
+	for i := range m.extents {
+		if s := m.extents[i].sparse; s != nil {
+			tables += 2 * int64(len(s.gd)) // there are two passes
+		}
+	}
+	step := func() {
+		if done++; progress != nil && (done%64 == 0 || done == tables) {
+			progress(done, tables)
+		}
+	}
+	for i := range m.extents {
+		e := &m.extents[i]
+		if e.sparse == nil {
+			if err := m.checkFlat(e, &result); err != nil {
+				return result, fmt.Errorf("vmdk: check %s: %w", m.layer.Name, err)
+			}
+			continue
+		}
+		k := checker{ctx: ctx, sparse: e.sparse, commit: c, result: &result, step: step}
+		if err := k.run(); err != nil {
+			return result, fmt.Errorf("vmdk: check %s: %w", m.layer.Name, err)
+		}
+	}
+	if c == nil {
+		return result, nil
+	}
+	m.layer.Tables.Forget()
+	if err := c.Sync(); err != nil {
+		return result, fmt.Errorf("vmdk: check %s: %w", m.layer.Name, err)
+	}
+	return result, nil
+}
+
+func (m *image) checkFlat(e *extent, result *engine.CheckResult) error {
+	f := m.layer.Files[e.file]
+	size, err := f.Size()
+	if err != nil {
+		return fmt.Errorf("size of %s: %w", f.Name(), err)
+	}
+	end := e.flatOff + e.guestEnd - e.guestOff
+	if size < end {
+		report(result, engine.Problem{Corrupt: true, Text: fmt.Sprintf("%s has %d bytes, want %d", f.Name(), size, end)})
+	}
+	result.ImageEndOffset = max(result.ImageEndOffset, end)
+	return nil
+}
+
+// report counts a problem and, if there are not too many yet, describes it.
+func report(result *engine.CheckResult, p engine.Problem) {
+	switch {
+	case p.Fixed:
+		result.FixedProblems++
+	case p.Corrupt:
+		result.Corruptions++
+	}
+	if len(result.Problems) < maxProblems {
+		result.Problems = append(result.Problems, p)
+	}
+}
+
+// checker checks one sparse extent in two passes over its tables: the first finds how fine
+// the bitmap of the file must be, the second fills it.
+type checker struct {
+	ctx    context.Context
+	sparse *sparse
+	commit *engine.Commit // nil: look only
+	result *engine.CheckResult
+	step   func()
+
+	unitShift uint     // log2 of the bytes that a bit of used stands for
+	used      []uint64 // bitmap of the file's units
+	previous  uint32   // the last grain's sector, to count fragments
+	table     []byte   // scratch: a grain table
+	redundant []byte   // scratch: its redundant copy
+}
+
+func (k *checker) run() error {
+	s := k.sparse
+	k.table, k.redundant = make([]byte, s.tableBytes()), make([]byte, s.tableBytes())
+	k.result.TotalClusters += s.grains()
+	if err := k.checkDirectories(); err != nil {
+		return err
+	}
+	if err := k.chooseUnit(); err != nil {
+		return err
+	}
+	k.fill(sectorSpan{0, s.dataStart})
+	for _, m := range s.meta {
+		k.fill(m)
+	}
+	for ti := range s.gd {
+		if err := k.checkTable(int64(ti)); err != nil {
+			return err
+		}
+		k.step()
+	}
+	return k.checkLeaks()
+}
+
+// checkDirectories reports what judgeTables has found. A table that is lost, but not its
+// copy, is made anew from it: the entry is bad, so nothing says where the old one was.
+func (k *checker) checkDirectories() error {
+	s := k.sparse
+	for ti := range s.gd {
+		if s.rgd == nil {
+			if s.gd[ti] == badTable {
+				k.reportTable("", ti, false)
+			}
+			continue
+		}
+		if s.gd[ti] != badTable && s.rgd[ti] != badTable {
+			continue
+		}
+		fixed := k.repairs() && (s.gd[ti] != badTable && s.gd[ti] != 0 || s.rgd[ti] != badTable && s.rgd[ti] != 0)
+		if s.gd[ti] == badTable {
+			k.reportTable("", ti, fixed)
+		}
+		if s.rgd[ti] == badTable {
+			k.reportTable("redundant ", ti, fixed)
+		}
+		if !fixed {
+			continue
+		}
+		if err := k.replaceTable(int64(ti)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// repairs reports whether the extent is to be repaired, and can be.
+func (k *checker) repairs() bool { return k.commit != nil && k.sparse.space != nil }
+
+func (k *checker) reportTable(which string, ti int, fixed bool) {
+	report(k.result, engine.Problem{
+		Corrupt: which == "", Fixed: fixed,
+		Text: fmt.Sprintf("%sgrain directory entry %d of %s: its table lies outside the file or overlaps something else",
+			which, ti, k.sparse.f.Name()),
+	})
+}
+
+// replaceTable makes the bad one of a table and its copy anew from the good one: first the
+// table, then the entry that names it.
+func (k *checker) replaceTable(ti int64) error {
+	s := k.sparse
+	good, bad, dirSector := s.gd[ti], &s.rgd[ti], s.header.rgdOffset
+	if good == badTable {
+		good, bad, dirSector = s.rgd[ti], &s.gd[ti], s.header.gdOffset
+	}
+	if err := s.tables.Read(s.file, int64(good)*sectorBytes, k.table); err != nil {
+		return err
+	}
+	off, err := s.tableSpace()
+	if err != nil {
+		return err
+	}
+	if err := k.commit.WriteAt(s.file, k.table, off); err != nil {
+		return err
+	}
+	if err := k.commit.Sync(); err != nil {
+		return err
+	}
+	entry := binary.LittleEndian.AppendUint32(nil, uint32(off/sectorBytes))
+	if err := k.commit.WriteAt(s.file, entry, int64(dirSector)*sectorBytes+ti*gteBytes); err != nil {
+		return err
+	}
+	*bad = uint32(off / sectorBytes)
+	return nil
+}
+
+// chooseUnit makes the bitmap, with the greatest units in which no two grains share one
+// without overlapping.
+func (k *checker) chooseUnit() error {
+	s := k.sparse
+	k.unitShift = s.grainShift
+	if s.header.compressed() {
+		k.unitShift = uint(bits.TrailingZeros(sectorBytes))
+	}
+	for ti := range s.gd {
+		ok, err := k.readTable(int64(ti))
+		if err != nil {
+			return err
+		}
+		for p := k.table; ok && len(p) > 0; p = p[gteBytes:] {
+			entry := binary.LittleEndian.Uint32(p)
+			if s.room(uint64(entry)) > 0 {
+				k.unitShift = min(k.unitShift, uint(bits.TrailingZeros64(uint64(entry)*sectorBytes)))
+			}
+		}
+		k.step()
+	}
+	units := (s.fileEnd-1)>>k.unitShift + 1
+	if units > maxUnits {
+		return unsupported("%s has %d bytes and grains at sectors that are no multiple of %d: finding overlaps would take %d MiB",
+			s.f.Name(), s.fileEnd, s.header.grainSize, units>>23)
+	}
+	k.used = make([]uint64, (units+63)/64)
+	return nil
+}
+
+// readTable reads a grain table; ok is false if there is none that can be read.
+func (k *checker) readTable(ti int64) (ok bool, err error) {
+	if err := k.ctx.Err(); err != nil {
+		return false, err
+	}
+	gt, err := k.sparse.tableAt(ti)
+	if err != nil || gt == 0 {
+		return false, nil
+	}
+	return true, k.sparse.tables.Read(k.sparse.file, int64(gt)*sectorBytes, k.table)
+}
+
+// checkTable checks the entries of a table, against the file and against their copies.
+func (k *checker) checkTable(ti int64) error {
+	s := k.sparse
+	ok, err := k.readTable(ti)
+	if err != nil || !ok {
+		return err
+	}
+	rgt := s.redundantAt(ti)
+	if rgt != 0 {
+		if err := s.tables.Read(s.file, int64(rgt)*sectorBytes, k.redundant); err != nil {
+			return err
+		}
+	}
+	first := ti << s.tableShift
+	count := min(s.grainsPerTable(), s.grains()-first)
+	primaryChanged, stale := false, 0
+	for i := range count {
+		p, r := k.table[i*gteBytes:], k.redundant[i*gteBytes:]
+		entry, copied := binary.LittleEndian.Uint32(p), binary.LittleEndian.Uint32(r)
+		if why := k.take(first+i, entry); why != "" {
+			fixed := false
+			if k.repairs() && rgt != 0 && copied != entry && copied != gteAbsent && k.take(first+i, copied) == "" {
+				binary.LittleEndian.PutUint32(p, copied)
+				primaryChanged, fixed = true, true
+			}
+			report(k.result, engine.Problem{Corrupt: true, Fixed: fixed, Text: fmt.Sprintf("grain %d of %s: %s", first+i, s.f.Name(), why)})
+			continue
+		}
+		if rgt != 0 && copied != entry {
+			binary.LittleEndian.PutUint32(r, entry)
+			stale++
+		}
+	}
+	return k.repairTable(ti, rgt, primaryChanged, stale)
+}
+
+// repairTable writes the changed copies of a table, and reports stale ones.
+func (k *checker) repairTable(ti int64, rgt uint32, primaryChanged bool, stale int) error {
+	s := k.sparse
+	if stale > 0 {
+		report(k.result, engine.Problem{
+			Fixed: k.repairs(),
+			Text:  fmt.Sprintf("the redundant copy of grain table %d of %s differs in %d entries", ti, s.f.Name(), stale),
+		})
+	}
+	if !k.repairs() {
+		return nil
+	}
+	if stale > 0 {
+		if err := k.commit.WriteAt(s.file, k.redundant, int64(rgt)*sectorBytes); err != nil {
+			return err
+		}
+	}
+	if primaryChanged {
+		return k.commit.WriteAt(s.file, k.table, int64(s.gd[ti])*sectorBytes)
+	}
+	return nil
+}
+
+// take checks an entry and notes the space it refers to as used. It returns what is wrong
+// with it, and then notes nothing.
+func (k *checker) take(grain int64, entry uint32) string {
+	s := k.sparse
+	if entry == gteAbsent || entry == gteZero && s.hasZeroGrains() {
+		return ""
+	}
+	off := s.guestOff + grain<<s.grainShift
+	run, err := s.runAt(grain, entry, off, 1)
+	if err != nil {
+		return fmt.Sprintf("its entry, sector %d, lies outside the file of %d bytes or in its metadata", entry, s.fileEnd)
+	}
+	length := min(s.grainBytes(), s.fileEnd-run.FileOff)
+	if run.State == engine.Compressed {
+		if length, err = s.storedLength(run); err != nil {
+			return err.Error()
+		}
+		k.result.Compressed++
+	}
+	if !k.mark(run.FileOff, length) {
+		return fmt.Sprintf("its entry, sector %d, overlaps another grain", entry)
+	}
+	k.result.AllocatedCount++
+	if k.previous != 0 && run.State == engine.Data && entry != k.previous+uint32(s.header.grainSize) {
+		k.result.Fragmented++
+	}
+	k.previous = entry
+	k.result.ImageEndOffset = max(k.result.ImageEndOffset, run.FileOff+length)
+	return ""
+}
+
+// storedLength returns how much of the file a compressed grain takes, as its marker says.
+func (s *sparse) storedLength(run engine.Run) (int64, error) {
+	if s.header.flags&flagMarkers == 0 {
+		return 1, nil // nothing says
+	}
+	var marker [markerHeaderBytes]byte
+	if err := readFull(s.f, marker[:], run.FileOff); err != nil {
+		return 0, err
+	}
+	size, err := s.markedLength(marker[:], run)
+	return markerHeaderBytes + size, err
+}
+
+// fill notes metadata as used; it may overlap other metadata.
+func (k *checker) fill(m sectorSpan) {
+	if m.end <= m.start {
+		return
+	}
+	last := (int64(m.end)*sectorBytes - 1) >> k.unitShift
+	for u := int64(m.start) * sectorBytes >> k.unitShift; u <= last && u < int64(len(k.used))*64; u++ {
+		k.used[u/64] |= 1 << (u % 64)
+	}
+}
+
+// mark notes a stretch of the file as used, unless some of it is already.
+func (k *checker) mark(off, n int64) bool {
+	first, end := off>>k.unitShift, (off+n-1)>>k.unitShift+1
+	end = min(end, int64(len(k.used))*64)
+	for u := first; u < end; u++ {
+		if k.used[u/64]&(1<<(u%64)) != 0 {
+			return false
+		}
+	}
+	for u := first; u < end; u++ {
+		k.used[u/64] |= 1 << (u % 64)
+	}
+	return true
+}
+
+// checkLeaks counts the space for whole grains that nothing refers to, and cuts off what of
+// it ends the file.
+func (k *checker) checkLeaks() error {
+	s := k.sparse
+	if s.header.compressed() {
+		return nil
+	}
+	perGrain := int64(1) << (s.grainShift - k.unitShift)
+	units := (s.fileEnd-1)>>k.unitShift + 1
+	var free, leaks int64
+	for u := int64(0); u < units; u++ {
+		if k.used[u/64]&(1<<(u%64)) != 0 {
+			free = 0
+			continue
+		}
+		if free++; free%perGrain == 0 {
+			leaks++
+		}
+	}
+	end := (units - free) << k.unitShift
+	k.result.ImageEndOffset = max(k.result.ImageEndOffset, end)
+	tail := free / perGrain
+	if k.repairs() && tail > 0 {
+		if err := k.commit.Truncate(s.file, end); err != nil {
+			return err
+		}
+		s.fileEnd = end
+		s.space = engine.NewSpace(s.f, s.file, end, s.grainBytes(), maxFileSectors*sectorBytes)
+		leaks -= tail
+		k.result.FixedLeaks += tail
+	}
+	k.result.Leaks += leaks
+	if leaks+tail > 0 {
+		report(k.result, engine.Problem{Text: fmt.Sprintf("nothing refers to %d grains of %s", leaks+tail, s.f.Name())})
+	}
+	return nil
+}

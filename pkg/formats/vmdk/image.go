@@ -1,0 +1,231 @@
+package vmdk
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sort"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// image is an open VMDK: what its descriptor says, and its extents. It is the engine's
+// Codec.
+type image struct {
+	fs     vfs.FS
+	layer  *engine.Layer
+	noLock bool
+
+	descriptor     *descriptor
+	descriptorAt   int64 // in file 0
+	descriptorRoom int64 // how long the descriptor may become, 0 if it has its own file
+
+	createType     string
+	cid, parentCID uint32
+	readOnly       bool // whatever mode it was opened in
+	sizeBytes      int64
+	extents        []extent // in guest order, without gaps
+}
+
+var _ engine.Codec = (*image)(nil)
+
+// extent is a piece of the guest in one file: sparse or flat.
+type extent struct {
+	guestOff, guestEnd int64
+	sparse             *sparse // nil if flat
+	file               int     // in Layer.Files
+	flatOff            int64   // flat: where it starts in the file
+}
+
+// extentAt returns the extent that holds the guest byte at off; past the guest size, the
+// last one.
+func (m *image) extentAt(off int64) *extent {
+	if len(m.extents) == 1 {
+		return &m.extents[0]
+	}
+	i := sort.Search(len(m.extents)-1, func(i int) bool { return m.extents[i].guestEnd > off })
+	return &m.extents[i]
+}
+
+// Geometry describes the image.
+func (m *image) Geometry() engine.Geometry {
+	g := engine.Geometry{SizeBytes: m.sizeBytes, LogicalBlockBytes: sectorBytes, ReadOnly: m.readOnly, ZeroState: true}
+	for i := range m.extents {
+		s := m.extents[i].sparse
+		if s == nil {
+			g.ZeroState = false
+			continue
+		}
+		g.ClusterBytes = max(g.ClusterBytes, s.grainBytes())
+		g.ZeroState = g.ZeroState && s.hasZeroGrains()
+	}
+	return g
+}
+
+// Lookup says where guest bytes are.
+func (m *image) Lookup(off, n int64) (engine.Run, error) {
+	e := m.extentAt(off)
+	n = min(n, m.sizeBytes-off)
+	if e.sparse != nil {
+		run, err := e.sparse.lookup(off, n)
+		if err != nil {
+			return run, fmt.Errorf("vmdk: %w", err)
+		}
+		return run, nil
+	}
+	return engine.Run{
+		State: engine.Data, Flat: true, Len: min(n, e.guestEnd-off),
+		File: e.file, FileOff: e.flatOff + off - e.guestOff,
+	}, nil
+}
+
+// Granule returns the grain around off; a sector in a flat extent, where nothing ever has
+// to become present.
+func (m *image) Granule(off int64) (start, end int64) {
+	if e := m.extentAt(off); e.sparse != nil {
+		return e.sparse.granule(off)
+	}
+	start = off / sectorBytes * sectorBytes
+	return start, start + sectorBytes
+}
+
+// ReadCompressed inflates a grain.
+func (m *image) ReadCompressed(run engine.Run, p []byte) error {
+	e := m.extentAt(run.GranuleOff)
+	if e.sparse == nil {
+		return fmt.Errorf("vmdk: read a compressed grain at %#x of %s: %w", run.GranuleOff, m.layer.Name, errFlat)
+	}
+	if err := e.sparse.readCompressed(run, p); err != nil {
+		return fmt.Errorf("vmdk: %w", err)
+	}
+	return nil
+}
+
+var errFlat = unsupported("a flat extent has no mapping")
+
+// Allocate reserves space for grains in one extent.
+func (m *image) Allocate(off, n int64) (engine.Place, error) {
+	e := m.extentAt(off)
+	if e.sparse == nil {
+		return engine.Place{}, fmt.Errorf("vmdk: allocate at %#x of %s: %w", off, m.layer.Name, errFlat)
+	}
+	place, err := e.sparse.allocate(off, n)
+	if err != nil {
+		return place, fmt.Errorf("vmdk: %w", err)
+	}
+	return place, nil
+}
+
+// Set changes the mapping of grains: what can fail is done for all of them first.
+func (m *image) Set(off, n int64, to engine.State, at engine.Place) ([]engine.Span, error) {
+	if len(m.extents) == 1 && m.extents[0].sparse != nil {
+		return m.setOne(m.extents[0].sparse, off, n, to, at)
+	}
+	// Places are in one extent, so only zeroing and discarding get past the first part.
+	var parts []*sparse
+	for done := int64(0); done < n; {
+		e := m.extentAt(off + done)
+		if e.sparse == nil {
+			return nil, m.setFailed(off+done, errFlat)
+		}
+		part := n - done
+		if !e.sparse.last {
+			part = min(part, e.guestEnd-off-done)
+		}
+		if err := e.sparse.prepareSet(off+done, part, to, at); err != nil {
+			return nil, m.setFailed(off+done, err)
+		}
+		parts = append(parts, e.sparse)
+		done += part
+	}
+	var unused []engine.Span
+	for _, s := range parts {
+		spans, err := s.applySet()
+		if err != nil {
+			return nil, m.setFailed(off, err)
+		}
+		unused = append(unused, spans...)
+	}
+	return unused, nil
+}
+
+func (m *image) setOne(s *sparse, off, n int64, to engine.State, at engine.Place) ([]engine.Span, error) {
+	if err := s.prepareSet(off, n, to, at); err != nil {
+		return nil, m.setFailed(off, err)
+	}
+	unused, err := s.applySet()
+	if err != nil {
+		return nil, m.setFailed(off, err)
+	}
+	return unused, nil
+}
+
+func (m *image) setFailed(off int64, err error) error {
+	return fmt.Errorf("vmdk: change the mapping at %#x of %s: %w", off, m.layer.Name, err)
+}
+
+// Free takes back grains.
+func (m *image) Free(span engine.Span, zeroed bool) {
+	for i := range m.extents {
+		if s := m.extents[i].sparse; s != nil && s.file == span.File {
+			s.free(span, zeroed)
+			return
+		}
+	}
+}
+
+// Commit writes the tables, then the directories that name new ones.
+func (m *image) Commit(c *engine.Commit) error {
+	if err := c.WriteTables(stageTables); err != nil {
+		return fmt.Errorf("vmdk: %w", err)
+	}
+	for _, sector := range c.Sectors() {
+		if sector.Stage != stageDirectories {
+			continue
+		}
+		if err := c.Sync(); err != nil {
+			return fmt.Errorf("vmdk: %w", err)
+		}
+		if err := c.WriteTables(stageDirectories); err != nil {
+			return fmt.Errorf("vmdk: %w", err)
+		}
+		break
+	}
+	return nil
+}
+
+// Finish trims what was reserved ahead.
+func (m *image) Finish(*engine.Commit) error {
+	for i := range m.extents {
+		s := m.extents[i].sparse
+		if s == nil || s.space == nil {
+			continue
+		}
+		if err := s.space.Trim(); err != nil {
+			return fmt.Errorf("vmdk: %w", err)
+		}
+		s.fileEnd = min(s.fileEnd, s.space.End())
+	}
+	return nil
+}
+
+// Identity returns the content identifier, which every writer changes, and the size.
+func (m *image) Identity() []byte {
+	return fmt.Appendf(nil, "vmdk %08x %d", m.cid, m.sizeBytes)
+}
+
+// Close releases nothing: the Layer closes the files.
+func (m *image) Close() error { return nil }
+
+// readFull reads all of p; a file that ends before is truncated.
+func readFull(f vfs.File, p []byte, off int64) error {
+	n, err := f.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		return corrupt("%s ends at %d, want %d bytes at %#x: it was truncated", f.Name(), off+int64(n), len(p), off)
+	}
+	return fmt.Errorf("read %d bytes at %#x of %s: %w", len(p), off, f.Name(), err)
+}
