@@ -77,14 +77,25 @@ func openJournal(file *JournalFile) (*journal, error) {
 	for i := range j.segments {
 		f, err := openOrCreate(file.FS, file.segment(i))
 		if err == nil {
+			j.segments[i] = f
 			err = f.Truncate(0)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("open redo journal %s: %w", file.segment(i), err)
+			return nil, errors.Join(fmt.Errorf("open redo journal %s: %w", file.segment(i), err), j.release())
 		}
-		j.segments[i] = f
 	}
 	return j, nil
+}
+
+// release closes the segments that are open.
+func (j *journal) release() error {
+	var errs []error
+	for _, f := range j.segments {
+		if f != nil {
+			errs = append(errs, f.Close())
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func openOrCreate(fsys vfs.FS, name string) (vfs.File, error) {
@@ -226,7 +237,7 @@ func (j *journal) close(clean bool) error {
 	if j == nil {
 		return nil
 	}
-	err := errors.Join(j.segments[0].Close(), j.segments[1].Close())
+	err := j.release()
 	if clean {
 		err = errors.Join(err, removeJournal(&j.file))
 	}
