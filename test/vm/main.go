@@ -13,6 +13,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -20,6 +21,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -61,17 +63,18 @@ func runAll(ctx context.Context, versions []string, run string, limit time.Durat
 	if err := command(ctx, "go", "test", "-c", "-o", binary, "./test/vm/guest"); err != nil {
 		return fmt.Errorf("build the guest's tests: %w", err)
 	}
-	var failed []string
-	for _, version := range versions {
-		if err := runOne(ctx, cache, work, version, binary, run, limit, memory); err != nil {
-			fmt.Fprintf(os.Stderr, "[%s] %v\n", version, err)
-			failed = append(failed, version)
-		}
+	// At the same time: mostly they wait for timers of the kernel's.
+	errs := make([]error, len(versions))
+	var machines sync.WaitGroup
+	for i, version := range versions {
+		machines.Go(func() {
+			if err := runOne(ctx, cache, work, version, binary, run, limit, memory); err != nil {
+				errs[i] = fmt.Errorf("kernel %s: %w", version, err)
+			}
+		})
 	}
-	if failed != nil {
-		return fmt.Errorf("failed on kernel %s", strings.Join(failed, " and "))
-	}
-	return nil
+	machines.Wait()
+	return errors.Join(errs...)
 }
 
 func runOne(ctx context.Context, cache, work, version, binary, run string, limit time.Duration, memory int) error {
@@ -105,7 +108,9 @@ var tools = []struct{ program, pkg string }{
 // installTools installs what is missing, if it can.
 func installTools(ctx context.Context) error {
 	// A user's PATH lacks the directory where mkfs.ext4 is.
-	os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin")
+	if err := os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin"); err != nil {
+		return err
+	}
 	var missing []string
 	for _, t := range tools {
 		if _, err := exec.LookPath(t.program); err != nil {

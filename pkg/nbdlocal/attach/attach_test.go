@@ -1,6 +1,8 @@
 package attach_test
 
 import (
+	"os"
+	"strconv"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
@@ -18,6 +20,13 @@ func TestFUSE(t *testing.T) {
 	kills := 20
 	if testing.Short() {
 		kills = 3
+	}
+	if s := os.Getenv("IMGDISK_KILLS"); s != "" { // for a longer look
+		n, err := strconv.Atoi(s)
+		if err != nil {
+			t.Fatalf("IMGDISK_KILLS=%q: %v", s, err)
+		}
+		kills = n
 	}
 	attachtest.Run(t, attachtest.Config{Transport: "fuse", Kills: kills})
 }

@@ -67,7 +67,7 @@ func withNBD(f func(*genetlink.Conn, genetlink.Family) error) error {
 	if err != nil {
 		return fmt.Errorf("generic netlink: %w", err)
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	family, err := conn.GetFamily(nbdFamily)
 	if errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("%s: %w", nbdFamily, errNoNBD)

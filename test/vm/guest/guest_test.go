@@ -37,6 +37,13 @@ func TestNBD(t *testing.T) {
 	attachtest.Run(t, attachtest.Config{Transport: "nbd", Kills: kills})
 }
 
+// TestNBDConnections: with several, the kernel leaves what was in flight at a crash
+// alone for half a minute, so one crash has to do.
+func TestNBDConnections(t *testing.T) {
+	inGuest(t)
+	attachtest.Run(t, attachtest.Config{Transport: "nbd", Connections: 3, Kills: 1, Only: []string{"Data", "KillServer", "RecoverServed"}})
+}
+
 func TestFUSE(t *testing.T) {
 	inGuest(t)
 	err := attach.NewFUSE().Probe(t.Context())

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -13,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
 )
 
@@ -32,9 +35,9 @@ type serverConfig struct {
 
 // supervisorConfig is that of a process that attaches and then waits to be killed.
 type supervisorConfig struct {
-	Transport string
-	Spec      attach.Spec
-	Server    serverConfig
+	Config Config
+	Spec   attach.Spec
+	Server serverConfig
 }
 
 // supervisorReport is what it prints once it has attached.
@@ -99,15 +102,27 @@ func runServer(cfg serverConfig) error {
 	if cfg.Mute {
 		time.Sleep(time.Hour)
 	}
-	if cfg.Protocol == "nbd" {
-		err = serveNBD(files, dev)
-	} else {
-		err = attach.ServeFUSE(context.Background(), files[0], dev, attach.FUSEOptions{})
-	}
-	if err != nil {
+	if err := serve(context.Background(), cfg.Protocol, files, dev); err != nil {
 		return err
 	}
 	return dev.Flush()
+}
+
+// serve returns when the device is gone.
+func serve(ctx context.Context, protocol string, files []*os.File, dev block.Device) error {
+	if protocol == "fuse" {
+		return attach.ServeFUSE(ctx, files[0], dev, attach.FUSEOptions{})
+	}
+	server := nbdlocal.NewServer(dev, nbdlocal.Options{})
+	errs := make(chan error, len(files))
+	for _, f := range files {
+		go func() { errs <- server.ServeConn(ctx, f) }()
+	}
+	var all []error
+	for range files {
+		all = append(all, <-errs)
+	}
+	return errors.Join(all...)
 }
 
 // startServer starts a server process and returns once it is serving.
@@ -147,7 +162,7 @@ func runSupervisor(cfg supervisorConfig) error {
 			return err
 		},
 	}
-	st, err := newTransport(cfg.Transport).Attach(context.Background(), cfg.Spec, hooks)
+	st, err := newTransport(cfg.Config).Attach(context.Background(), cfg.Spec, hooks)
 	if report.State = st; err != nil {
 		report.Error = err.Error()
 	}

@@ -21,9 +21,9 @@ const (
 	clusterBytes = 64 << 10
 )
 
-func newTransport(name string) attach.Transport {
-	if name == "nbd" {
-		return attach.NewNBD(attach.NBDOptions{})
+func newTransport(cfg Config) attach.Transport {
+	if cfg.Transport == "nbd" {
+		return attach.NewNBD(attach.NBDOptions{Connections: cfg.Connections})
 	}
 	return attach.NewFUSE()
 }
@@ -43,12 +43,12 @@ type rig struct {
 }
 
 // newRig makes everything but the device.
-func newRig(t testing.TB, transport string) *rig {
+func newRig(t testing.TB, cfg Config) *rig {
 	t.Helper()
 	testenv.Root(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	r := &rig{
-		t: t, ctx: ctx, rng: testenv.Rand(t), transport: newTransport(transport),
+		t: t, ctx: ctx, rng: testenv.Rand(t), transport: newTransport(cfg),
 		spec: attach.Spec{
 			ID:        fmt.Sprintf("attachtest/%s %d", t.Name(), os.Getpid()),
 			SizeBytes: sizeBytes, BlockBytes: 512, ClusterBytes: clusterBytes, CanDiscard: true, CanZero: true,
@@ -108,9 +108,9 @@ func (r *rig) hooks() attach.Hooks {
 }
 
 // attachedRig makes a device.
-func attachedRig(t testing.TB, transport string) *rig {
+func attachedRig(t testing.TB, cfg Config) *rig {
 	t.Helper()
-	r := newRig(t, transport)
+	r := newRig(t, cfg)
 	r.attach()
 	return r
 }

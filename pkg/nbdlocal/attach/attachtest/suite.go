@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -24,8 +25,10 @@ import (
 
 // Config is what the suite needs to know.
 type Config struct {
-	Transport string // "nbd" or "fuse"
-	Kills     int    // of a server under load, per test that does it
+	Transport   string   // "nbd" or "fuse"
+	Connections int      // of nbd; 0 is the default
+	Kills       int      // of a server under load, per test that does it
+	Only        []string // names of tests; none are all
 }
 
 // Run runs the suite as subtests.
@@ -57,13 +60,15 @@ func Run(t *testing.T, cfg Config) {
 		{"Abort", testAbort},
 		{"AbortOpened", testAbortOpened},
 	} {
-		t.Run(c.name, func(t *testing.T) { c.test(t, cfg) })
+		if len(cfg.Only) == 0 || slices.Contains(cfg.Only, c.name) {
+			t.Run(c.name, func(t *testing.T) { c.test(t, cfg) })
+		}
 	}
 }
 
 // testData writes odd sizes at odd places, through the device, and looks at the file.
 func testData(t *testing.T, cfg Config) {
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	dev := r.open(os.O_RDWR)
 	buf := r.buffer(8 << 20)
 	want := make([]byte, sizeBytes)
@@ -114,7 +119,7 @@ func writeBuffered(path string, off int64, p []byte) error {
 func testZeroes(t *testing.T, cfg Config) {
 	for name, ioctl := range map[string]uintptr{"BLKDISCARD": unix.BLKDISCARD, "BLKZEROOUT": unix.BLKZEROOUT} {
 		t.Run(name, func(t *testing.T) {
-			r := attachedRig(t, cfg.Transport)
+			r := attachedRig(t, cfg)
 			dev := r.open(os.O_RDWR)
 			p := r.buffer(4 << 20)
 			for i := range p {
@@ -141,7 +146,7 @@ func testZeroes(t *testing.T, cfg Config) {
 func testLimits(t *testing.T, cfg Config) {
 	for _, blockBytes := range []int{512, 4096} {
 		t.Run(strconv.Itoa(blockBytes), func(t *testing.T) {
-			r := newRig(t, cfg.Transport)
+			r := newRig(t, cfg)
 			r.spec.BlockBytes = blockBytes
 			r.attach()
 			dev := r.open(os.O_RDONLY)
@@ -179,7 +184,7 @@ func (r *rig) queue(attribute string) int64 {
 }
 
 func testReadOnly(t *testing.T, cfg Config) {
-	r := newRig(t, cfg.Transport)
+	r := newRig(t, cfg)
 	r.spec.ReadOnly, r.server.ReadOnly = true, true
 	if err := writeBuffered(r.backing, 0, []byte("read me")); err != nil {
 		t.Fatal(err)
@@ -204,7 +209,7 @@ func testReadOnly(t *testing.T, cfg Config) {
 }
 
 func testBadSpec(t *testing.T, cfg Config) {
-	r := newRig(t, cfg.Transport)
+	r := newRig(t, cfg)
 	for _, spoil := range []func(*attach.Spec){
 		func(s *attach.Spec) { s.ID = "" },
 		func(s *attach.Spec) { s.BlockBytes = 1024 },
@@ -225,7 +230,7 @@ func testBadSpec(t *testing.T, cfg Config) {
 // testErrors: an error of the server's device reaches the application, and only the
 // request that it is for.
 func testErrors(t *testing.T, cfg Config) {
-	r := newRig(t, cfg.Transport)
+	r := newRig(t, cfg)
 	r.server.FullAt = 1 << 20
 	r.attach()
 	dev := r.open(os.O_RDWR)
@@ -245,7 +250,7 @@ func testErrors(t *testing.T, cfg Config) {
 }
 
 func testResize(t *testing.T, cfg Config) {
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	l := r.startLoad()
 	for i := range 10 {
 		r.awaitProgress(l, 20)
@@ -293,7 +298,7 @@ func (r *rig) checkBusy(holder string) {
 
 func testDetachMounted(t *testing.T, cfg Config) {
 	mkfs := testenv.Oracle(t, "mkfs.ext4")
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	if out, err := exec.Command(mkfs, "-q", r.state.Device).CombinedOutput(); err != nil {
 		t.Fatalf("mkfs.ext4: %v\n%s", err, out)
 	}
@@ -331,7 +336,7 @@ func testDetachMounted(t *testing.T, cfg Config) {
 
 func testDetachOpened(t *testing.T, cfg Config) {
 	sleep := testenv.Oracle(t, "sleep")
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	dev := r.open(os.O_RDONLY)
 	cmd := exec.Command(sleep, "1000")
 	cmd.Stdin = dev
@@ -348,7 +353,7 @@ func testDetachOpened(t *testing.T, cfg Config) {
 
 // testDetachUnderLoop: kubelet keeps a loop device on raw block volumes.
 func testDetachUnderLoop(t *testing.T, cfg Config) {
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	dev, err := os.OpenFile(r.state.Device, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -398,11 +403,11 @@ func upperLoop(t *testing.T, dev *os.File) *os.File {
 }
 
 func testAttachTwice(t *testing.T, cfg Config) {
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	if _, err := r.transport.Attach(r.ctx, r.spec, r.hooks()); !errors.Is(err, block.ErrExists) {
 		t.Errorf("second Attach of an ID: %v, want ErrExists", err)
 	}
-	other := newRig(t, cfg.Transport)
+	other := newRig(t, cfg)
 	other.spec.ID += " other"
 	if other.attach(); other.state.Device == r.state.Device {
 		t.Errorf("two devices are %s", r.state.Device)
@@ -429,7 +434,7 @@ func devices(t testing.TB) string {
 }
 
 func testAttachServeFails(t *testing.T, cfg Config) {
-	r := newRig(t, cfg.Transport)
+	r := newRig(t, cfg)
 	before := devices(t)
 	hooks, reason := r.hooks(), errors.New("no server today")
 	hooks.Serve = func(context.Context, string, []*os.File) error { return reason }
@@ -453,7 +458,7 @@ func testAttachServerSilent(t *testing.T, cfg Config) {
 	if cfg.Transport == "nbd" {
 		t.Skip("the kernel's nbd asks its server nothing before somebody reads")
 	}
-	r := newRig(t, cfg.Transport)
+	r := newRig(t, cfg)
 	before := devices(t)
 	r.server.Mute = true
 	ctx, cancel := context.WithTimeout(r.ctx, 300*time.Millisecond)
@@ -474,7 +479,7 @@ func testAttachServerSilent(t *testing.T, cfg Config) {
 // testKillServer kills servers under verifying load: no request may fail, no byte may
 // differ.
 func testKillServer(t *testing.T, cfg Config) {
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	l := r.startLoad()
 	for range cfg.Kills {
 		r.awaitProgress(l, 50+r.rng.Int64N(200))
@@ -489,7 +494,7 @@ func testKillServer(t *testing.T, cfg Config) {
 // testKillServerFio does it with a load that is not ours.
 func testKillServerFio(t *testing.T, cfg Config) {
 	fio := testenv.Oracle(t, "fio")
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	cmd := exec.CommandContext(r.ctx, fio, "--name=load", "--filename="+r.state.Device, "--size=32m", "--direct=1",
 		"--ioengine=libaio", "--iodepth=16", "--rw=randwrite", "--bsrange=4k-128k", "--loops=100000",
 		"--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64", "--fsync=200")
@@ -575,9 +580,9 @@ func killPID(t testing.TB, pid int) {
 }
 
 // supervised attaches in another process and kills that under load.
-func (r *rig) supervised(transport string) (server int, l *load) {
+func (r *rig) supervised(cfg Config) (server int, l *load) {
 	r.t.Helper()
-	supervisor, report, err := startSupervisor(r.ctx, supervisorConfig{Transport: transport, Spec: r.spec, Server: r.server})
+	supervisor, report, err := startSupervisor(r.ctx, supervisorConfig{Config: cfg, Spec: r.spec, Server: r.server})
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -592,8 +597,8 @@ func (r *rig) supervised(transport string) (server int, l *load) {
 
 // testKillSupervisor: who attached is gone; another adopts, and then does everything.
 func testKillSupervisor(t *testing.T, cfg Config) {
-	r := newRig(t, cfg.Transport)
-	server, l := r.supervised(cfg.Transport)
+	r := newRig(t, cfg)
+	server, l := r.supervised(cfg)
 	r.adopt(server)
 	r.awaitProgress(l, 50)
 	killPID(t, server)
@@ -615,8 +620,8 @@ func testKillSupervisor(t *testing.T, cfg Config) {
 // testKillBoth: nbd waits for a new server all the same. FUSE can't, and must say so
 // and leave no dead device.
 func testKillBoth(t *testing.T, cfg Config) {
-	r := newRig(t, cfg.Transport)
-	server, l := r.supervised(cfg.Transport)
+	r := newRig(t, cfg)
+	server, l := r.supervised(cfg)
 	killPID(t, server)
 	err := r.transport.Adopt(r.ctx, r.state, nil)
 	if cfg.Transport == "nbd" {
@@ -650,7 +655,7 @@ func (r *rig) awaitGone() {
 }
 
 func testAdoptForeign(t *testing.T, cfg Config) {
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	files := serverFiles(t, r.process.Process.Pid)
 	other := r.state
 	other.ID = "somebody else's"
@@ -676,7 +681,7 @@ func testRecoverServed(t *testing.T, cfg Config) {
 	if cfg.Transport == "fuse" {
 		t.Skip("a FUSE connection can have several servers")
 	}
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	server := r.process
 	l := r.startLoad()
 	ctx, cancel := context.WithTimeout(r.ctx, time.Second)
@@ -694,7 +699,7 @@ func testRecoverServed(t *testing.T, cfg Config) {
 
 // testSlowServer: a request may take as long as it takes.
 func testSlowServer(t *testing.T, cfg Config) {
-	r := newRig(t, cfg.Transport)
+	r := newRig(t, cfg)
 	r.server.DelayMillis = 4000
 	r.attach()
 	dev := r.open(os.O_RDWR)
@@ -732,7 +737,7 @@ func testSlowServer(t *testing.T, cfg Config) {
 
 // testAbort: the server hangs; its device goes all the same.
 func testAbort(t *testing.T, cfg Config) {
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	r.killServer()
 	readEnded := make(chan error, 1)
 	dev := r.open(os.O_RDONLY)
@@ -761,7 +766,7 @@ func testAbort(t *testing.T, cfg Config) {
 }
 
 func testAbortOpened(t *testing.T, cfg Config) {
-	r := attachedRig(t, cfg.Transport)
+	r := attachedRig(t, cfg)
 	dev := r.open(os.O_RDONLY)
 	if err := r.transport.Abort(r.ctx, r.state); err != nil {
 		t.Fatalf("Abort: %v", err)
