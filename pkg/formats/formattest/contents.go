@@ -82,11 +82,14 @@ func (c *contents) forget(off, end int64) {
 	c.maybe = kept
 }
 
-// grow makes the disk larger; what is new is zero.
-func (c *contents) grow(size int64) {
+// resize makes the disk larger, with zeroes, or smaller.
+func (c *contents) resize(size int64) {
 	if n := size - int64(len(c.bytes)); n > 0 {
 		c.bytes = append(c.bytes, make([]byte, n)...)
+		return
 	}
+	c.forget(size, int64(len(c.bytes)))
+	c.bytes = c.bytes[:size]
 }
 
 // settle checks that got can be what is at off, and takes it as what is there from now
@@ -105,17 +108,30 @@ func (c *contents) settle(off int64, got []byte) error {
 // check returns an error unless every byte of got is one that can be at off, or one
 // that a change in also has there.
 func (c *contents) check(off int64, got []byte, also []change) error {
-	if bytes.Equal(got, c.bytes[off:off+int64(len(got))]) {
+	const piece = 4096 // most of the disk is as it should be
+	for len(got) > 0 {
+		n := min(len(got), piece)
+		if err := c.checkPiece(off, got[:n], also); err != nil {
+			return err
+		}
+		got, off = got[n:], off+int64(n)
+	}
+	return nil
+}
+
+func (c *contents) checkPiece(off int64, got []byte, also []change) error {
+	end := off + int64(len(got))
+	if bytes.Equal(got, c.bytes[off:end]) {
 		return nil
 	}
 	wrong := make([]bool, len(got))
 	for i := range got {
 		wrong[i] = got[i] != c.bytes[off+int64(i)]
 	}
-	for _, ch := range slices.Concat(c.maybe, also) {
-		for at := max(off, ch.off); at < min(off+int64(len(got)), ch.end()); at++ {
-			if wrong[at-off] && got[at-off] == ch.at(at) {
-				wrong[at-off] = false
+	for _, changes := range [][]change{c.maybe, also} {
+		for _, ch := range changes {
+			for at := max(off, ch.off); at < min(end, ch.end()); at++ {
+				wrong[at-off] = wrong[at-off] && got[at-off] != ch.at(at)
 			}
 		}
 	}
@@ -142,7 +158,7 @@ func (c *contents) mismatch(off int64, got []byte, bad int, wrong []bool, also [
 			fmt.Fprintf(&want, "\n    or %s by %s", ch.show(at), ch.what)
 		}
 	}
-	return fmt.Errorf("guest byte %#x (and %d more of %d at %#x) is wrong:\n   got %s%s",
+	return fmt.Errorf("guest byte %#x (and %d more of the %d at %#x) is wrong:\n   got %s%s",
 		at, count-1, len(got), off, snippet(got, off, bad), want.String())
 }
 
@@ -184,10 +200,10 @@ func (m *model) lose() {
 	}
 }
 
-// grow notes that the disk has become larger.
-func (m *model) grow(size int64) {
-	m.live.grow(size)
-	m.durable.grow(size)
+// resize notes that the disk has another size; what is new is zero.
+func (m *model) resize(size int64) {
+	m.live.resize(size)
+	m.durable.resize(size)
 }
 
 func (m *model) size() int64 { return int64(len(m.live.bytes)) }
@@ -197,7 +213,7 @@ func (m *model) afterCrash(got []byte) error {
 	d := m.durable
 	if int64(len(got)) > int64(len(d.bytes)) {
 		d = d.clone()
-		d.grow(int64(len(got)))
+		d.resize(int64(len(got)))
 	}
 	return d.check(0, got, m.since)
 }
@@ -208,7 +224,7 @@ func (m *model) afterKill(got []byte, inFlight []change) error {
 	l := m.live
 	if int64(len(got)) > int64(len(l.bytes)) {
 		l = l.clone()
-		l.grow(int64(len(got)))
+		l.resize(int64(len(got)))
 	}
 	return l.check(0, got, inFlight)
 }

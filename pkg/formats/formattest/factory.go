@@ -59,6 +59,7 @@ var parts = []struct {
 	{"Model", testModel},
 	{"CrashSweep", testCrashSweep},
 	{"KillSweep", testKillSweep},
+	{"ErrorSweep", testErrorSweep},
 }
 
 // register makes the format known, so that formats.Open finds it.

@@ -11,7 +11,7 @@ var Figures struct {
 	Crashes        atomic.Int64 // images looked at: several for each point
 	Kills          atomic.Int64 // points at which the process was killed, in memory
 	ProcessKills   atomic.Int64 // real processes killed
-	InjectedErrors atomic.Int64 // operations that were made to fail
+	InjectedErrors atomic.Int64 // file system operations that were made to fail
 	HostileImages  atomic.Int64 // damaged images opened
 }
 

@@ -2,7 +2,8 @@ package formattest
 
 import (
 	"fmt"
-	"runtime/debug"
+	"path"
+	"runtime"
 	"strings"
 	"sync"
 
@@ -16,13 +17,13 @@ type tracker struct {
 	vfs.FS
 
 	mu   sync.Mutex
-	open map[*trackedFile]string // the stack of the call that opened it
+	open map[*trackedFile][]uintptr // the callers of the call that opened it
 	// beforeWrite, if set, sees every write before it is done.
 	beforeWrite func(name string, p []byte, off int64)
 }
 
 func track(fsys vfs.FS) *tracker {
-	return &tracker{FS: fsys, open: map[*trackedFile]string{}}
+	return &tracker{FS: fsys, open: map[*trackedFile][]uintptr{}}
 }
 
 func (t *tracker) Open(name string, mode vfs.Mode) (vfs.File, error) {
@@ -40,7 +41,8 @@ func (t *tracker) opened(f vfs.File, err error) (vfs.File, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	tracked := &trackedFile{File: f, t: t}
-	t.open[tracked] = string(debug.Stack())
+	callers := make([]uintptr, 8)
+	t.open[tracked] = callers[:runtime.Callers(3, callers)]
 	return tracked, nil
 }
 
@@ -49,10 +51,22 @@ func (t *tracker) leaks() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var b strings.Builder
-	for f, stack := range t.open {
-		fmt.Fprintf(&b, "%s is still open; it was opened by\n%s\n", f.Name(), stack)
+	for f, callers := range t.open {
+		fmt.Fprintf(&b, "%s is still open; it was opened by\n%s", f.Name(), showCallers(callers))
 	}
 	return b.String()
+}
+
+func showCallers(callers []uintptr) string {
+	var b strings.Builder
+	frames := runtime.CallersFrames(callers)
+	for {
+		frame, more := frames.Next()
+		fmt.Fprintf(&b, "    %s:%d\n", path.Base(frame.Function), frame.Line)
+		if !more {
+			return b.String()
+		}
+	}
 }
 
 type trackedFile struct {

@@ -1,0 +1,277 @@
+package formattest
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"syscall"
+	"testing"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// failure is a way in which a file system fails.
+type failure struct {
+	name string
+	// errno is what the failing operation says.
+	errno syscall.Errno
+	// hook fails operation n, counted from 0, in this way.
+	hook func(n uint64, r *rand.Rand) vfs.Hook
+}
+
+var failures = []failure{
+	{"EIO", syscall.EIO, func(n uint64, _ *rand.Rand) vfs.Hook { return vfs.FailNth(n, syscall.EIO) }},
+	{"ENOSPC", syscall.ENOSPC, func(n uint64, _ *rand.Rand) vfs.Hook { return vfs.FailNth(n, syscall.ENOSPC) }},
+	{"partial write", syscall.EIO, func(n uint64, r *rand.Rand) vfs.Hook {
+		return vfs.FailNth(n, vfs.ShortWrite(r.IntN(16), syscall.EIO))
+	}},
+	{"store gone", syscall.EIO, func(n uint64, _ *rand.Rand) vfs.Hook { return vfs.FailFrom(n, syscall.EIO) }},
+}
+
+// testErrorSweep plays a script again and again, each time with another operation of the
+// file system failing: nothing is silent, nothing is lost, nothing stays open.
+func testErrorSweep(t *testing.T, f Factory) {
+	counted(t, &Figures.InjectedErrors, "failed operations")
+	for _, how := range failures {
+		t.Run(how.name, func(t *testing.T) { sweepErrors(t, f, how) })
+	}
+	t.Run("create", func(t *testing.T) { sweepErrorsOfCreate(t, f) })
+}
+
+func sweepErrors(t *testing.T, f Factory, how failure) {
+	r := testenv.Rand(t)
+	depths := f.depths()
+	mem := vfs.NewMem()
+	p := newPlayer(t, f, mem, r, depths[min(1, len(depths)-1)])
+	p.play(t, f.script(r, mix{opWrite: 6, opZero: 1, opDiscard: 1}, 10))
+	p.mustClose(t)
+	script := f.script(r, mix{opRead: 6, opWrite: 12, opZero: 4, opDiscard: 4, opMap: 2, opFlush: 4, opReopen: 2, opGrow: 1, opPush: 1}, 30)
+	step := uint64(1)
+	if testing.Short() {
+		step = 7
+	}
+	for n := uint64(r.IntN(int(step))); ; n += step {
+		run := newFailingRun(p, mem.Clone(), how, n, r)
+		err := run.play(script)
+		if err != nil {
+			t.Fatalf("%s of file system operation %d (%s): %v", how.name, n, run.failed, err)
+		}
+		if !run.hasFailed {
+			return // the script has fewer operations
+		}
+		Figures.InjectedErrors.Add(1)
+	}
+}
+
+// failingRun is one run through a script in which one operation fails.
+type failingRun struct {
+	how       failure
+	r         *rand.Rand
+	mem       *vfs.Mem
+	fs        *tracker
+	p         *player
+	hasFailed bool
+	failed    string // what has
+}
+
+func newFailingRun(p *player, mem *vfs.Mem, how failure, n uint64, r *rand.Rand) *failingRun {
+	run := &failingRun{how: how, r: r, mem: mem}
+	hook := how.hook(n, r)
+	run.fs = track(vfs.Inject(mem, func(at vfs.Op) error {
+		err := hook(at)
+		if err != nil && !run.hasFailed {
+			run.hasFailed, run.failed = true, showFSOp(at)
+		}
+		return err
+	}))
+	run.p = &player{
+		rig: p.rig.on(run.fs), ops: p.ops, leaky: true, m: newModel(p.m.live.clone()), sizes: p.sizes, snapshots: p.snapshots,
+	}
+	if r.IntN(2) == 0 {
+		run.p.rig.journal = &engine.JournalFile{FS: run.fs, Name: journalName, Epoch: 1}
+	}
+	return run
+}
+
+// play plays the script, and then looks at the disk and at what is left of it.
+func (run *failingRun) play(script []op) error {
+	if err := run.p.rig.open(vfs.ReadWrite); err != nil {
+		if !run.hasFailed {
+			return err
+		}
+		return run.afterwards()
+	}
+	for i, o := range script {
+		if o.off+o.n > run.p.m.size() && o.kind != opGrow || o.kind == opGrow && o.off <= run.p.m.size() {
+			continue // it was to grow, and did not
+		}
+		if err := run.step(o); err != nil {
+			return fmt.Errorf("step %d, %s: %w\nsteps until then:\n%s", i, o, errors.Join(err, run.p.rig.close()), show(script, i))
+		}
+		if run.p.rig.img == nil {
+			return run.afterwards()
+		}
+	}
+	if err := run.readBack(); err != nil {
+		return errors.Join(err, run.p.rig.close())
+	}
+	if err := run.crash(); err != nil {
+		return fmt.Errorf("power lost at the end: %w", errors.Join(err, run.p.rig.close()))
+	}
+	before := run.hasFailed
+	if err := run.p.close(); err != nil {
+		if err := run.checkError(op{kind: opReopen}, err, before); err != nil {
+			return fmt.Errorf("close: %w", err)
+		}
+	}
+	return run.afterwards()
+}
+
+// step plays a step, which may fail only if there is a reason.
+func (run *failingRun) step(o op) error {
+	before := run.hasFailed
+	ioErr, wrong := run.p.step(o)
+	if wrong != nil {
+		return wrong
+	}
+	if run.p.rig.img == nil && !run.gone() {
+		if err := run.p.rig.open(vfs.ReadWrite); err != nil {
+			return fmt.Errorf("open once more: %w", err)
+		}
+		if err := run.p.noteOpened(); err != nil {
+			return err
+		}
+	}
+	if ioErr == nil || unsupported(o, ioErr) {
+		return nil
+	}
+	return run.checkError(o, ioErr, before)
+}
+
+// checkError returns an error unless a step that failed had a reason; before says that
+// the operation that was to fail had failed when the step began.
+func (run *failingRun) checkError(o op, ioErr error, before bool) error {
+	switch {
+	case run.excused(ioErr):
+		return nil
+	case run.hasFailed && !before:
+		return run.checkReason(o, ioErr)
+	}
+	return fmt.Errorf("without a reason: %w", ioErr)
+}
+
+// gone reports whether nothing works any more.
+func (run *failingRun) gone() bool { return run.hasFailed && run.how.name == "store gone" }
+
+// excused reports whether an error is one that follows from an earlier one.
+func (run *failingRun) excused(err error) bool {
+	return errors.Is(err, block.ErrPoisoned) || run.gone()
+}
+
+// checkReason returns an error unless a step's error says what had failed.
+func (run *failingRun) checkReason(o op, err error) error {
+	if !errors.Is(err, run.how.errno) {
+		return fmt.Errorf("the error does not say why (%w): %w", run.how.errno, err)
+	}
+	if errno := block.Errno(err); o.kind == opWrite && errno != run.how.errno && !errors.Is(err, block.ErrPoisoned) {
+		return fmt.Errorf("the guest is told %v, want %v: %w", errno, run.how.errno, err)
+	}
+	return nil
+}
+
+// readBack reads everything, as far as anything can be read.
+func (run *failingRun) readBack() error {
+	before := run.hasFailed
+	err := run.p.readBack()
+	if err != nil && run.hasFailed && !before {
+		err = run.p.readBack()
+	}
+	if run.gone() {
+		return nil
+	}
+	return err
+}
+
+// crash loses power while the image is still open.
+func (run *failingRun) crash() error {
+	got, err := run.p.rig.on(run.mem.Crash(run.r)).inspect()
+	if err != nil {
+		return err
+	}
+	return run.p.allowsAfterCrash(got)
+}
+
+// afterwards looks at what is left when the image has been closed, with a file system
+// that works again.
+func (run *failingRun) afterwards() error {
+	if leaks := run.fs.leaks(); leaks != "" {
+		return errors.New(leaks)
+	}
+	p, rig := run.p, run.p.rig.on(run.mem)
+	p.rig = rig
+	if err := rig.open(vfs.ReadWrite); err != nil {
+		return fmt.Errorf("open afterwards: %w", err)
+	}
+	err := p.noteOpened()
+	if err == nil {
+		err = p.readBack()
+	}
+	if err = errors.Join(err, rig.close()); err != nil {
+		return fmt.Errorf("afterwards: %w", err)
+	}
+	if err := rig.check(true); err != nil {
+		return err
+	}
+	return p.checkSnapshots(rig)
+}
+
+// sweepErrorsOfCreate fails each operation of creating an image, and of an overlay: when
+// Create fails, nothing is left, and nothing is open.
+func sweepErrorsOfCreate(t *testing.T, f Factory) {
+	r := testenv.Rand(t)
+	for _, how := range failures[:3] {
+		for n := uint64(0); ; n++ {
+			mem := vfs.NewMem()
+			failed := false
+			hook := how.hook(n, r)
+			fsys := track(vfs.Inject(mem, func(at vfs.Op) error {
+				err := hook(at)
+				failed = failed || err != nil
+				return err
+			}))
+			made, err := newRig(f, fsys, f.shape().size)
+			if err := checkFailedCreate(mem, made, err, how); err != nil {
+				t.Fatalf("%s of file system operation %d: %v", how.name, n, err)
+			}
+			if leaks := fsys.leaks(); leaks != "" {
+				t.Fatalf("%s of file system operation %d: %s", how.name, n, leaks)
+			}
+			if !failed {
+				break
+			}
+			Figures.InjectedErrors.Add(1)
+		}
+	}
+}
+
+func checkFailedCreate(mem *vfs.Mem, made *rig, err error, how failure) error {
+	if err == nil {
+		got, err := made.on(mem).inspect()
+		if err != nil {
+			return err
+		}
+		want := newContents(made.f.shape().size)
+		return want.check(0, got, nil)
+	}
+	if !errors.Is(err, how.errno) {
+		return fmt.Errorf("the error does not say why (%w): %w", how.errno, err)
+	}
+	left, readErr := mem.ReadDir(".")
+	if readErr != nil || len(left) > 0 {
+		return fmt.Errorf("a failed create left %v %w", left, readErr)
+	}
+	return nil
+}
