@@ -67,36 +67,38 @@ type benchLoad struct {
 
 var benchLoads = []benchLoad{
 	{"4k randread depth 1", "randread", "4k", 1},
+	{"4k randwrite depth 1", "randwrite", "4k", 1},
 	{"4k randread depth 32", "randread", "4k", 32},
 	{"4k randwrite depth 32", "randwrite", "4k", 32},
 	{"1M read depth 8", "read", "1M", 8},
 	{"1M write depth 8", "write", "1M", 8},
 }
 
-// benchServers start a server of the raw file image on a socket.
+// benchServers start a server of the raw file image on a socket, and return its process.
 var benchServers = []struct {
 	name  string
-	start func(b *testing.T, image, socket string)
+	start func(t *testing.T, image, socket string) (pid int)
 }{
 	{"ours", startOurs},
-	{"nbdkit", func(t *testing.T, image, socket string) {
-		startProcess(t, socket, testenv.Oracle(t, "nbdkit"), "-f", "-U", socket, "file", image)
+	{"nbdkit", func(t *testing.T, image, socket string) int {
+		return startProcess(t, socket, testenv.Oracle(t, "nbdkit"), "-f", "-U", socket, "file", image)
 	}},
-	{"qemu-nbd", func(t *testing.T, image, socket string) {
-		startProcess(t, socket, testenv.Oracle(t, "qemu-nbd"), "-f", "raw", "-k", socket, "-t", "-e", "8", image)
+	{"qemu-nbd", func(t *testing.T, image, socket string) int {
+		return startProcess(t, socket, testenv.Oracle(t, "qemu-nbd"), "-f", "raw", "-k", socket, "-t", "-e", "8", image)
 	}},
 }
 
 // TestCompareSpeed measures this server, nbdkit and qemu-nbd side by side over the same
-// file in memory: medians of interleaved runs, since only ratios of such mean anything
-// on a shared machine. IMGDISK_BENCH=1 runs it; IMGDISK_BENCH_SECONDS is the length of
+// file in memory: medians of ratios within a round, since only those mean anything on a
+// shared machine; and what an operation costs in processor time, which says more
+// when others are busy. IMGDISK_BENCH=1 runs it; IMGDISK_BENCH_SECONDS is the length of
 // one run, IMGDISK_BENCH_ROUNDS how many of each.
 func TestCompareSpeed(t *testing.T) {
 	if os.Getenv("IMGDISK_BENCH") == "" {
 		t.Skip("IMGDISK_BENCH=1 runs it")
 	}
 	fio := testenv.Oracle(t, "fio")
-	seconds, rounds := envInt("IMGDISK_BENCH_SECONDS", 3), envInt("IMGDISK_BENCH_ROUNDS", 3)
+	seconds, rounds := envInt("IMGDISK_BENCH_SECONDS", 2), envInt("IMGDISK_BENCH_ROUNDS", 5)
 	only := os.Getenv("IMGDISK_BENCH_LOAD")
 	dir, err := os.MkdirTemp("/dev/shm", "nbdlocal-bench-")
 	if err != nil {
@@ -107,33 +109,58 @@ func TestCompareSpeed(t *testing.T) {
 	if err := os.WriteFile(image, bytes.Repeat([]byte("0123456789abcdef"), 256<<20/16), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	sockets := make([]string, len(benchServers))
+	sockets, pids := make([]string, len(benchServers)), make([]int, len(benchServers))
 	for i, s := range benchServers {
 		sockets[i] = filepath.Join(dir, s.name)
-		s.start(t, image, sockets[i])
+		pids[i] = s.start(t, image, sockets[i])
 	}
 	for _, load := range benchLoads {
 		if !strings.Contains(load.name, only) {
 			continue
 		}
-		results := make([][]float64, len(benchServers))
+		rates, costs := make([][]float64, len(benchServers)), make([][]float64, len(benchServers))
 		for range rounds {
-			for i := range benchServers {
-				results[i] = append(results[i], runFio(t, fio, sockets[i], load, seconds))
+			for i := range benchServers { // side by side: within a round the others' load is alike
+				before := processorTime(t, pids[i])
+				rate, count := runFio(t, fio, sockets[i], load, seconds)
+				rates[i] = append(rates[i], rate)
+				costs[i] = append(costs[i], (processorTime(t, pids[i])-before)*1e6/count)
 			}
 		}
-		ours := median(results[0])
-		line := fmt.Sprintf("%-22s %9.0f/s", load.name, ours)
+		line := fmt.Sprintf("%-21s ours %6.0f/s %6.1f us", load.name, median(rates[0]), median(costs[0]))
 		for i, s := range benchServers[1:] {
-			other := median(results[i+1])
-			line += fmt.Sprintf("   %.2f x %s (%.0f/s)", ours/other, s.name, other)
+			line += fmt.Sprintf("; %s %6.0f/s %6.1f us: %.2f x, cost %.2f x", s.name, median(rates[i+1]), median(costs[i+1]),
+				medianRatio(rates[0], rates[i+1]), medianRatio(costs[0], costs[i+1]))
 		}
 		t.Log(line)
 	}
 }
 
-func startOurs(t *testing.T, image, socket string) {
+// medianRatio is the median of the ratios within a round.
+func medianRatio(a, b []float64) float64 {
+	ratios := make([]float64, len(a))
+	for i := range a {
+		ratios[i] = a[i] / b[i]
+	}
+	return median(ratios)
+}
+
+// processorTime returns how many seconds a process has used a processor.
+func processorTime(tb testing.TB, pid int) float64 {
+	tb.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')'):]))
+	user, _ := strconv.Atoi(fields[12])
+	system, _ := strconv.Atoi(fields[13])
+	return float64(user+system) / 100
+}
+
+func startOurs(t *testing.T, image, socket string) int {
 	serveUnix(t, openFileDevice(t, image), socket, Options{})
+	return os.Getpid()
 }
 
 // serveUnix serves dev on a unix socket until the test ends.
@@ -160,7 +187,7 @@ func serveUnix(tb testing.TB, dev block.Device, socket string, opts Options) *Se
 }
 
 // startProcess runs a server until the test ends, and waits for its socket.
-func startProcess(tb testing.TB, socket, program string, args ...string) {
+func startProcess(tb testing.TB, socket, program string, args ...string) (pid int) {
 	tb.Helper()
 	cmd := exec.Command(program, args...)
 	cmd.Stderr = os.Stderr
@@ -174,30 +201,37 @@ func startProcess(tb testing.TB, socket, program string, args ...string) {
 	for range 500 {
 		if c, err := net.Dial("unix", socket); err == nil {
 			_ = c.Close()
-			return
+			return cmd.Process.Pid
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
 	tb.Fatalf("%s does not listen on %s", program, socket)
+	return 0
 }
 
-// runFio returns operations per second.
-func runFio(tb testing.TB, fio, socket string, load benchLoad, seconds int) float64 {
+// runFio returns operations per second, and how many there were.
+func runFio(tb testing.TB, fio, socket string, load benchLoad, seconds int) (rate, count float64) {
 	tb.Helper()
 	out, err := exec.Command(fio, "--name=load", "--ioengine=nbd", "--uri=nbd+unix:///?socket="+socket,
 		"--rw="+load.rw, "--bs="+load.block, "--iodepth="+strconv.Itoa(load.depth), "--size=256M",
-		"--time_based", "--runtime="+strconv.Itoa(seconds), "--ramp_time=0.3", "--randrepeat=0",
+		"--time_based", "--runtime="+strconv.Itoa(seconds), "--randrepeat=0",
 		"--norandommap", "--output-format=json").Output()
 	if err != nil {
 		tb.Fatalf("fio: %v\n%s", err, out)
 	}
 	var report struct {
-		Jobs []struct{ Read, Write struct{ IOPS float64 } }
+		Jobs []struct {
+			Read, Write struct {
+				IOPS  float64
+				Total float64 `json:"total_ios"`
+			}
+		}
 	}
 	if err := json.Unmarshal(fioJSON(out), &report); err != nil {
 		tb.Fatalf("fio's report: %v\n%s", err, out)
 	}
-	return report.Jobs[0].Read.IOPS + report.Jobs[0].Write.IOPS
+	job := report.Jobs[0]
+	return job.Read.IOPS + job.Write.IOPS, job.Read.Total + job.Write.Total
 }
 
 // fioJSON drops what fio's nbd engine prints around the report.
@@ -212,7 +246,7 @@ func fioJSON(out []byte) []byte {
 }
 
 func median(values []float64) float64 {
-	slices.Sort(values)
+	values = slices.Sorted(slices.Values(values))
 	return values[len(values)/2]
 }
 

@@ -27,9 +27,11 @@ const (
 	// slowNanos is where waiting for the device outweighs waking another thread
 	// and moving the data to its processor.
 	slowNanos = 40_000
-	// sampleLimitNanos keeps one outlier from being remembered for long.
-	sampleLimitNanos = 1_000_000
-	averageWeight    = 8
+	// sampleLimitNanos is how much one request can count for: less than it takes
+	// to pass for slow, so that a thread that happened to lose its processor
+	// doesn't make the device look slow, and several in a row do.
+	sampleLimitNanos = 400_000
+	averageWeight    = 16
 	largeBytes       = 64 << 10
 )
 

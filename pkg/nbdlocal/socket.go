@@ -66,7 +66,7 @@ func newSocket(fd int) (socket, error) {
 }
 
 const (
-	sendBufferBytes = 256 << 10
+	sendBufferBytes = 1 << 20
 	// briefWaitMicros is how long a plain blocking receive waits, the cheapest way
 	// to wait. After that comes a poll, which can be interrupted.
 	briefWaitMicros = 20_000
