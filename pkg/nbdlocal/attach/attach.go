@@ -10,6 +10,20 @@
 // A transport's descriptors outlive the process that serves them: when it dies,
 // Recover hands new or kept descriptors to its successor, and the kernel resends what
 // was unanswered. Applications see a pause, never an error.
+//
+// # Files, in the order in which to read them
+//
+//   - attach.go: [Transport], what callers see
+//   - nbd.go: the nbd transport, and why it has the timeouts it has; nbdnetlink.go:
+//     the kernel's interface; socketpair.go: connections
+//   - fuse.go: the fuse transport, and what keeps its devices alive; fusemount.go: a
+//     file system mounted nowhere; loop.go: the device on it
+//   - fuseserve.go: [ServeFUSE], the server's side; fusethread.go: its threads and
+//     their memory; fuseproto.go: the wire format
+//   - device.go, holders.go: block devices in general, and who uses one
+//
+// Package attachtest is the suite both transports pass; test/vm runs it on kernels
+// that this machine doesn't have.
 package attach
 
 import (

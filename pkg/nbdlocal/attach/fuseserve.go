@@ -229,7 +229,9 @@ func (t *fuseThread) putAttr(b []byte, node uint64) {
 		order.PutUint32(b[attrMode:], unix.S_IFDIR|0o700)
 		return
 	}
-	size := uint64(t.dev.Info().SizeBytes)
+	// A loop device has whole blocks only.
+	info := t.dev.Info()
+	size := uint64(info.SizeBytes - info.SizeBytes%int64(max(info.LogicalBlockBytes, 512)))
 	order.PutUint64(b[attrSize:], size)
 	order.PutUint64(b[attrBlocks:], size/512)
 	order.PutUint32(b[attrMode:], unix.S_IFREG|0o600)

@@ -237,7 +237,7 @@ func TestServeFUSE_Data(t *testing.T) {
 }
 
 func TestServeFUSE_Attributes(t *testing.T) {
-	dev := &memDevice{data: make([]byte, 3<<20)}
+	dev := &memDevice{data: make([]byte, 3<<20+511)} // not a whole number of blocks
 	c := newFUSEClient(t, dev)
 	errno, body := c.call(fuseInit, initArgs(45))
 	if errno != 0 || len(body) != initOutBytes || order.Uint32(body[initOutMaxWrite:]) != fuseMaxRequestBytes || order.Uint32(body[initOutMinor:]) != fuseMinor {
