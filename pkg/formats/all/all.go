@@ -6,6 +6,7 @@ import (
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/raw"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vmdk"
 )
 
 // Register registers all formats, in the order in which they are probed: raw last,
@@ -13,5 +14,5 @@ import (
 func Register() { register() }
 
 var register = sync.OnceFunc(func() {
-	formats.Register(raw.Format{})
+	formats.Register(vmdk.Format{}, raw.Format{})
 })

@@ -1,0 +1,106 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// access is how an image named on the command line is opened.
+type access struct {
+	root       string
+	format     string
+	forceShare bool
+}
+
+func (a *access) addFlags(cmd *cobra.Command) {
+	a.addRootFlag(cmd)
+	a.addFormatFlag(cmd, "format", "f", "the image's format; found out from its contents if not given")
+	cmd.Flags().BoolVarP(&a.forceShare, "force-share", "U", false,
+		"do not mind that somebody else writes the image: what is seen may be out of date or inconsistent")
+}
+
+func (a *access) addRootFlag(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&a.root, "root", "",
+		"directory in which the image and what it refers to must lie; by default its store's, or its own")
+}
+
+func (a *access) addFormatFlag(cmd *cobra.Command, name, short, usage string) {
+	cmd.Flags().StringVarP(&a.format, name, short, "", usage)
+}
+
+// openedImage is an open image and where it lies.
+type openedImage struct {
+	*formats.Image
+	at *location
+}
+
+// open opens an image with everything it stands on.
+func (a *access) open(ctx context.Context, path string, mode vfs.Mode) (*openedImage, error) {
+	return a.openWith(ctx, path, formats.OpenOptions{Format: a.format, Mode: mode, NoLock: a.forceShare})
+}
+
+func (a *access) openWith(ctx context.Context, path string, opts formats.OpenOptions) (*openedImage, error) {
+	at, err := locate(path, a.root)
+	if err != nil {
+		return nil, err
+	}
+	img, err := formats.Open(ctx, at.fs, at.name, opts)
+	if err != nil {
+		at.close()
+		return nil, a.explain(at.explain(err))
+	}
+	return &openedImage{img, at}, nil
+}
+
+// explain adds what a person can do about an image that is in use.
+func (a *access) explain(err error) error {
+	if errors.Is(err, block.ErrLocked) {
+		return fmt.Errorf("%w; csi-imgdisk devices lists what is attached here", err)
+	}
+	return err
+}
+
+// close closes the image; what was written is durable then.
+func (o *openedImage) close() error {
+	defer o.at.close()
+	return o.Close()
+}
+
+// formatName returns the format of the image itself.
+func (o *openedImage) formatName() string { return o.Layers()[0].Format }
+
+// fileBytes returns the space that the image's own files take.
+func (o *openedImage) fileBytes() (int64, error) {
+	var sum int64
+	for _, f := range o.Layers()[0].Files {
+		n, err := f.AllocatedBytes()
+		if err != nil {
+			return 0, err
+		}
+		sum += n
+	}
+	return sum, nil
+}
+
+// hostPath returns the path of a file in the image's tree in the way the person named
+// the image: relative if that was.
+func (o *openedImage) hostPath(named, name string) string {
+	path := filepath.Join(o.at.root, filepath.FromSlash(name))
+	if filepath.IsAbs(named) {
+		return path
+	}
+	if abs, err := filepath.Abs("."); err == nil {
+		if rel, err := filepath.Rel(abs, path); err == nil {
+			return rel
+		}
+	}
+	return path
+}

@@ -1,0 +1,149 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+
+	"github.com/spf13/cobra"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/supervisor"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/store"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// serverOptions say what a volume's server process serves: an image, or a volume.
+type serverOptions struct {
+	control  string
+	run      runDir
+	readOnly bool
+
+	image string
+	access
+
+	store  string // NAME=PATH
+	volume string
+	node   string
+	epoch  int64
+}
+
+// imageServer returns the arguments of a server of an image.
+func imageServer(path string, how access, run runDir, readOnly bool) []string {
+	return []string{"server", "--run-dir", string(run), "--image", path, "--format", how.format, "--root", how.root,
+		"--read-only=" + strconv.FormatBool(readOnly)}
+}
+
+func newServerCommand() *cobra.Command {
+	var opts serverOptions
+	cmd := &cobra.Command{
+		Use:    "server",
+		Short:  "Serve one volume, as its supervisor says",
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if (opts.image == "") == (opts.store == "") {
+				return errors.New("either --image or --store and --volume is needed")
+			}
+			// RunServer obeys signals itself: not while the device is in use.
+			ctx := context.WithoutCancel(cmd.Context())
+			return supervisor.RunServer(ctx, opts.control, opts.open, supervisor.KernelProtocols())
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&opts.control, "control", "", "control socket")
+	addRunDirFlag(cmd, &opts.run)
+	flags.BoolVar(&opts.readOnly, "read-only", false, "open for reading")
+	flags.StringVar(&opts.image, "image", "", "image to serve")
+	opts.addFormatFlag(cmd, "format", "", "the image's format")
+	opts.addRootFlag(cmd)
+	flags.StringVar(&opts.store, "store", "", "NAME=PATH of the store that holds the volume")
+	flags.StringVar(&opts.volume, "volume", "", "volume to serve")
+	flags.StringVar(&opts.node, "node", "", "node that the volume is published to")
+	flags.Int64Var(&opts.epoch, "epoch", 0, "epoch of the publication")
+	return cmd
+}
+
+func (o *serverOptions) open(ctx context.Context) (supervisor.Opened, error) {
+	if o.image != "" {
+		return o.openImage(ctx)
+	}
+	return o.openVolume(ctx)
+}
+
+func (o *serverOptions) openImage(ctx context.Context) (supervisor.Opened, error) {
+	img, err := o.openServed(ctx, o.image, o.run, o.readOnly)
+	if err != nil {
+		return supervisor.Opened{}, err
+	}
+	return supervisor.Opened{
+		Device: closing{img, img.close},
+		Stats:  func() any { return img.Stats() },
+	}, nil
+}
+
+func (o *serverOptions) openVolume(ctx context.Context) (supervisor.Opened, error) {
+	s, err := openStore(ctx, o.store, store.Options{})
+	if err != nil {
+		return supervisor.Opened{}, err
+	}
+	opts := store.AttachOptions{Node: o.node, Epoch: o.epoch, ReadOnly: o.readOnly}
+	if !o.readOnly {
+		if err := o.run.prepare(); err != nil {
+			return supervisor.Opened{}, errors.Join(err, s.Close())
+		}
+		opts.Journal = o.run.volumeJournal(s.ID(), o.volume)
+	}
+	volume, err := s.Attach(ctx, o.volume, opts)
+	if err != nil {
+		return supervisor.Opened{}, errors.Join(err, s.Close())
+	}
+	return supervisor.Opened{
+		Device: closing{volume.Device(), func() error { return errors.Join(volume.Close(), s.Close()) }},
+		Lost:   volume.Lost(),
+		Stats:  func() any { return volume.Stats() },
+	}, nil
+}
+
+// closing is a device whose Close does more than the device's own.
+type closing struct {
+	block.Device
+	close func() error
+}
+
+// Close makes everything durable and releases the device and what holds it.
+func (c closing) Close() error { return c.close() }
+
+// namedStore is a store given as NAME=PATH.
+type namedStore struct{ name, path string }
+
+// openedStore is an open store and the directory it lies in.
+type openedStore struct {
+	*store.Store
+	dir io.Closer
+}
+
+func (s *openedStore) Close() error { return errors.Join(s.Store.Close(), s.dir.Close()) }
+
+// openStore opens a store given as NAME=PATH.
+func openStore(ctx context.Context, flag string, opts store.Options) (*openedStore, error) {
+	named, err := parseStore(flag)
+	if err != nil {
+		return nil, err
+	}
+	return named.open(ctx, opts)
+}
+
+func (n namedStore) open(ctx context.Context, opts store.Options) (*openedStore, error) {
+	dir, err := vfs.OpenDir(n.path)
+	if err != nil {
+		return nil, fmt.Errorf("store %s: %w", n.name, err)
+	}
+	s, err := store.Open(ctx, n.name, dir, opts)
+	if err != nil {
+		return nil, errors.Join(err, dir.Close())
+	}
+	return &openedStore{s, dir}, nil
+}

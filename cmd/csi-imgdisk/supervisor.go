@@ -1,0 +1,60 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/supervisor"
+)
+
+func newSupervisorCommand() *cobra.Command {
+	var run runDir
+	cmd := &cobra.Command{
+		Use:    "supervisor",
+		Short:  "Keep volumes attached: start, watch and restart their servers",
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := run.prepare(); err != nil {
+				return err
+			}
+			s, err := supervisor.New(supervisor.Config{
+				StateDir:   run.supervisor(),
+				Transports: []attach.Transport{attach.NewNBD(attach.NBDOptions{}), attach.NewFUSE()},
+				Version:    version,
+				Log:        slog.New(slog.NewTextHandler(os.Stderr, nil)),
+			})
+			if err != nil {
+				return err
+			}
+			return s.Run(cmd.Context())
+		},
+	}
+	addRunDirFlag(cmd, &run)
+	return cmd
+}
+
+// ensureSupervisor returns a client of this machine's supervisor, which is started if it
+// does not run.
+func ensureSupervisor(ctx context.Context, run runDir) (*supervisor.Client, error) {
+	if os.Geteuid() != 0 {
+		return nil, fmt.Errorf("block devices can be made by root only")
+	}
+	if err := run.prepare(); err != nil {
+		return nil, err
+	}
+	return supervisor.Ensure(ctx, supervisor.EnsureConfig{
+		StateDir: run.supervisor(),
+		Args:     []string{"supervisor", "--run-dir", string(run)},
+	})
+}
+
+// runningSupervisor returns a client of the supervisor if one runs.
+func runningSupervisor(run runDir) *supervisor.Client {
+	return supervisor.NewClient(supervisor.SocketPath(run.supervisor()))
+}
