@@ -57,6 +57,11 @@ var parts = []struct {
 	test func(*testing.T, Factory)
 }{
 	{"Model", testModel},
+	{"Bounds", testBounds},
+	{"Grow", testGrow},
+	{"Locks", testLocks},
+	{"FullStore", testFullStore},
+	{"Hostile", testHostile},
 	{"CrashSweep", testCrashSweep},
 	{"KillSweep", testKillSweep},
 	{"ErrorSweep", testErrorSweep},
