@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"net/url"
 	"os"
 	"slices"
 	"sync"
@@ -199,7 +200,9 @@ func (s *fakeStore) EnsureImageVolume(ctx context.Context, image string) (Volume
 	return s.volumes[name].Volume, nil
 }
 
-func (s *fakeStore) ImageVolumeName(image string) (string, error) { return "images%2F" + image, nil }
+func (s *fakeStore) ImageVolumeName(image string) (string, error) {
+	return "images%2F" + url.PathEscape(image), nil
+}
 
 func (s *fakeStore) Publish(_ context.Context, p Publication) (int64, error) {
 	if err := s.enter("Publish"); err != nil {

@@ -2,6 +2,7 @@ package driver
 
 import (
 	"flag"
+	"io"
 	"os"
 	"testing"
 
@@ -13,11 +14,12 @@ func TestMain(m *testing.M) {
 	flag.Parse()
 	if !testing.Verbose() {
 		klog.LogToStderr(false)
-		klog.SetOutput(discard{})
+		klog.SetOutput(io.Discard)
+		flags := flag.NewFlagSet("klog", flag.PanicOnError)
+		klog.InitFlags(flags)
+		if err := flags.Set("stderrthreshold", "FATAL"); err != nil {
+			panic(err)
+		}
 	}
 	os.Exit(m.Run())
 }
-
-type discard struct{}
-
-func (discard) Write(p []byte) (int, error) { return len(p), nil }
