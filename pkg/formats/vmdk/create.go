@@ -95,6 +95,9 @@ func checkCreate(req formats.CreateRequest) (*creation, error) {
 	if c.subformat == "" {
 		c.subformat = typeMonolithicSparse
 	}
+	if c.subformat == typeMonolithicFlat && c.ClusterBytes != 0 {
+		return nil, invalid("cluster size %d with subformat %s, which has no clusters", c.ClusterBytes, c.subformat)
+	}
 	if c.ClusterBytes == 0 {
 		c.ClusterBytes = defaultGrainBytes
 	}

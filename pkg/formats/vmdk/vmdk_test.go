@@ -29,9 +29,9 @@ func factories() []formattest.Factory {
 			Overlay: &formats.CreateRequest{ClusterBytes: 4 << 10, Extra: zeroed},
 		},
 		{
-			Name: "flat", Format: vmdk.Format{}, QEMU: "vmdk", SizeBytes: 80<<10 + 5*512,
+			Name: "flat", Format: vmdk.Format{}, QEMU: "vmdk", SizeBytes: 320<<10 + 5*512,
 			Create:  formats.CreateRequest{Subformat: "monolithicFlat"},
-			Overlay: &formats.CreateRequest{ClusterBytes: 4 << 10},
+			Overlay: &formats.CreateRequest{ClusterBytes: 16 << 10},
 		},
 	}
 }
