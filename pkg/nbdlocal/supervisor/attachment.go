@@ -317,6 +317,7 @@ func (a *attachment) handleDetach(ctx context.Context, force bool) error {
 		a.log.Warn("detach", "force", force, "error", err)
 	}
 	if a.finished {
+		a.log.Info("detached", "force", force)
 		a.unpark(Attachment{}, fmt.Errorf("attach %s: detached meanwhile: %w", a.id, block.ErrClosed))
 	}
 	return err

@@ -41,6 +41,9 @@ func newServerProcess(t *testing.T) (p *process, image string) {
 		if err := p.destroy(); err != nil {
 			t.Error(err)
 		}
+		if log, err := os.ReadFile(filepath.Join(dir, logFile)); err == nil && t.Failed() {
+			t.Logf("server's log:\n%s", log)
+		}
 	})
 	return p, image
 }
