@@ -10,7 +10,7 @@ import (
 
 // Draw writes the tree for people, one line per layer:
 //
-//	nfs1 · 3.1 GiB of 100 GiB used
+//	nfs1 · 389 MiB in 4 layers · 97 GiB free
 //	├─ images/debian.vmdk               vmdk   310 MiB   image
 //	│  └─ web/web.vmdk                  vmdk    12 MiB   ◆ web@monday
 //	│     └─ web/web-000001.vmdk        vmdk   1.2 MiB   ● web 10 GiB on node-a
@@ -28,8 +28,7 @@ func (t TreeData) Draw(w io.Writer) error {
 		sizeWidth = max(sizeWidth, len(r.size))
 		formatWidth = max(formatWidth, len(r.format))
 	}
-	used := t.Usage.TotalBytes - t.Usage.FreeBytes
-	if _, err := fmt.Fprintf(w, "%s · %s of %s used\n", t.Name, humanBytes(used), humanBytes(t.Usage.TotalBytes)); err != nil {
+	if _, err := fmt.Fprintf(w, "%s · %s in %d layers · %s free\n", t.Name, humanBytes(t.allocated()), len(rows), humanBytes(t.Usage.FreeBytes)); err != nil {
 		return err
 	}
 	for _, r := range rows {
@@ -49,6 +48,19 @@ func (t TreeData) Draw(w io.Writer) error {
 		}
 	}
 	return nil
+}
+
+// allocated returns the space that all layers take.
+func (t TreeData) allocated() (bytes int64) {
+	var add func(nodes []TreeNode)
+	add = func(nodes []TreeNode) {
+		for _, n := range nodes {
+			bytes += n.AllocatedBytes
+			add(n.Children)
+		}
+	}
+	add(t.Roots)
+	return bytes
 }
 
 // treeRow is one line of the drawing.
