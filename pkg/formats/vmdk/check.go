@@ -384,19 +384,30 @@ func (k *checker) checkLeaks() error {
 	}
 	end := (units - free) << k.unitShift
 	k.result.ImageEndOffset = max(k.result.ImageEndOffset, end)
+	if leaks > 0 {
+		report(k.result, engine.Problem{Text: fmt.Sprintf("nothing refers to %d grains of %s", leaks, s.f.Name())})
+	}
+	if !k.repairs() {
+		k.result.Leaks += leaks
+		return nil
+	}
 	tail := free / perGrain
-	if k.repairs() && tail > 0 {
-		if err := k.commit.Truncate(s.file, end); err != nil {
-			return err
-		}
-		s.fileEnd = end
-		s.space = engine.NewSpace(s.f, s.file, end, s.grainBytes(), maxFileSectors*sectorBytes)
-		leaks -= tail
-		k.result.FixedLeaks += tail
+	k.result.FixedLeaks += tail
+	k.result.Leaks += leaks - tail
+	return k.cutOff(end, tail)
+}
+
+// cutOff shortens the file to end if grains are lost behind it; otherwise, by what may have
+// been reserved for tables.
+func (k *checker) cutOff(end, tail int64) error {
+	s := k.sparse
+	if tail == 0 {
+		return s.space.Trim()
 	}
-	k.result.Leaks += leaks
-	if leaks+tail > 0 {
-		report(k.result, engine.Problem{Text: fmt.Sprintf("nothing refers to %d grains of %s", leaks+tail, s.f.Name())})
+	if err := k.commit.Truncate(s.file, end); err != nil {
+		return err
 	}
+	s.fileEnd = end
+	s.space = engine.NewSpace(s.f, s.file, end, s.grainBytes(), maxFileSectors*sectorBytes)
 	return nil
 }
