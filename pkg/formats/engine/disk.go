@@ -168,8 +168,23 @@ func (d *Disk) begin() error {
 	return nil
 }
 
-// Push makes top, an empty overlay on the present top layer that is open for writing,
-// the layer that is written. The old one holds every write that had returned, durably,
+// Base returns the top layer for an overlay to be created on, which Push then puts on it.
+// The first change after opening gives an image another identity, and a change that
+// failed leaves it uncertain on disk; Base makes it certain, and from then on it stays.
+func (d *Disk) Base() (*Layer, error) {
+	d.gate.RLock()
+	defer d.gate.RUnlock()
+	if err := errors.Join(d.writable(), d.poisoned()); err != nil {
+		return nil, err
+	}
+	if err := d.begin(); err != nil {
+		return nil, err
+	}
+	return d.top(), nil
+}
+
+// Push makes top, an empty overlay on the present top layer (see Base) that is open for
+// writing, the layer that is written. The old one holds every write that had returned, durably,
 // and never changes again; its lock is lowered to one for reading. Requests wait while
 // the last changes are made durable. When Push fails, nothing has changed, and top stays
 // the caller's.
@@ -192,10 +207,15 @@ func (d *Disk) switchTop(top *Layer) (old *Layer, err error) {
 	if err := d.writable(); err != nil {
 		return nil, err
 	}
+	old = d.top()
+	if top.Parent != nil && top.Parent.Verify != nil {
+		if err := top.Parent.Verify(old); err != nil {
+			return nil, fmt.Errorf("%s is no overlay on %s as it is now: %w", top.Name, old.Name, err)
+		}
+	}
 	if err := d.commit(gateHeld); err != nil {
 		return nil, err
 	}
-	old = d.top()
 	old.changed = d.begun.Load()
 	old.Tables.record = nil
 	top.prepare(d.options)

@@ -88,7 +88,10 @@ func (r *rig) createOverlay(parent *engine.Layer) (name string, err error) {
 // push makes a new overlay the top of the open image. When it fails, the rig is where
 // the image is.
 func (r *rig) push() error {
-	old := r.img.Layers()[0]
+	old, err := r.img.Base()
+	if err != nil {
+		return err
+	}
 	name, err := r.createOverlay(old)
 	if err != nil {
 		return err
