@@ -11,7 +11,8 @@ import (
 )
 
 // image is an open VMDK: what its descriptor says, and its extents. It is the engine's
-// Codec.
+// Codec; where the engine says in its errors which image it asked about what, they are
+// passed on as they are.
 type image struct {
 	fs     vfs.FS
 	layer  *engine.Layer
@@ -68,11 +69,7 @@ func (m *image) Lookup(off, n int64) (engine.Run, error) {
 	e := m.extentAt(off)
 	n = min(n, m.sizeBytes-off)
 	if e.sparse != nil {
-		run, err := e.sparse.lookup(off, n)
-		if err != nil {
-			return run, fmt.Errorf("vmdk: %w", err)
-		}
-		return run, nil
+		return e.sparse.lookup(off, n)
 	}
 	return engine.Run{
 		State: engine.Data, Flat: true, Len: min(n, e.guestEnd-off),
@@ -94,12 +91,9 @@ func (m *image) Granule(off int64) (start, end int64) {
 func (m *image) ReadCompressed(run engine.Run, p []byte) error {
 	e := m.extentAt(run.GranuleOff)
 	if e.sparse == nil {
-		return fmt.Errorf("vmdk: read a compressed grain at %#x of %s: %w", run.GranuleOff, m.layer.Name, errFlat)
+		return errFlat
 	}
-	if err := e.sparse.readCompressed(run, p); err != nil {
-		return fmt.Errorf("vmdk: %w", err)
-	}
-	return nil
+	return e.sparse.readCompressed(run, p)
 }
 
 var errFlat = unsupported("a flat extent has no mapping")
@@ -108,13 +102,9 @@ var errFlat = unsupported("a flat extent has no mapping")
 func (m *image) Allocate(off, n int64) (engine.Place, error) {
 	e := m.extentAt(off)
 	if e.sparse == nil {
-		return engine.Place{}, fmt.Errorf("vmdk: allocate at %#x of %s: %w", off, m.layer.Name, errFlat)
+		return engine.Place{}, errFlat
 	}
-	place, err := e.sparse.allocate(off, n)
-	if err != nil {
-		return place, fmt.Errorf("vmdk: %w", err)
-	}
-	return place, nil
+	return e.sparse.allocate(off, n)
 }
 
 // Set changes the mapping of grains: what can fail is done for all of them first.
@@ -127,14 +117,14 @@ func (m *image) Set(off, n int64, to engine.State, at engine.Place) ([]engine.Sp
 	for done := int64(0); done < n; {
 		e := m.extentAt(off + done)
 		if e.sparse == nil {
-			return nil, m.setFailed(off+done, errFlat)
+			return nil, errFlat
 		}
 		part := n - done
 		if !e.sparse.last {
 			part = min(part, e.guestEnd-off-done)
 		}
 		if err := e.sparse.prepareSet(off+done, part, to, at); err != nil {
-			return nil, m.setFailed(off+done, err)
+			return nil, err
 		}
 		parts = append(parts, e.sparse)
 		done += part
@@ -143,7 +133,7 @@ func (m *image) Set(off, n int64, to engine.State, at engine.Place) ([]engine.Sp
 	for _, s := range parts {
 		spans, err := s.applySet()
 		if err != nil {
-			return nil, m.setFailed(off, err)
+			return nil, err
 		}
 		unused = append(unused, spans...)
 	}
@@ -152,17 +142,9 @@ func (m *image) Set(off, n int64, to engine.State, at engine.Place) ([]engine.Sp
 
 func (m *image) setOne(s *sparse, off, n int64, to engine.State, at engine.Place) ([]engine.Span, error) {
 	if err := s.prepareSet(off, n, to, at); err != nil {
-		return nil, m.setFailed(off, err)
+		return nil, err
 	}
-	unused, err := s.applySet()
-	if err != nil {
-		return nil, m.setFailed(off, err)
-	}
-	return unused, nil
-}
-
-func (m *image) setFailed(off int64, err error) error {
-	return fmt.Errorf("vmdk: change the mapping at %#x of %s: %w", off, m.layer.Name, err)
+	return s.applySet()
 }
 
 // Free takes back grains.

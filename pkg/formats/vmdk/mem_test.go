@@ -34,10 +34,7 @@ const (
 func newSmall(t testing.TB) *vfs.Mem {
 	t.Helper()
 	fsys := vfs.NewMem()
-	req := formats.CreateRequest{FS: fsys, Name: "a.vmdk", SizeBytes: smallSize, ClusterBytes: smallGrain}
-	if err := (vmdk.Format{}).Create(context.Background(), req); err != nil {
-		t.Fatal(err)
-	}
+	memCreate(t, fsys, formats.CreateRequest{Name: "a.vmdk", SizeBytes: smallSize, ClusterBytes: smallGrain})
 	image := memOpen(t, fsys, "a.vmdk", vfs.ReadWrite)
 	if _, err := image.WriteAt(smallData(), 0); err != nil {
 		t.Fatal(err)
@@ -65,6 +62,25 @@ func memOpen(t testing.TB, fsys vfs.FS, name string, mode vfs.Mode) *formats.Ima
 	}
 	t.Cleanup(func() { image.Close() })
 	return image
+}
+
+func memCreate(t testing.TB, fsys vfs.FS, req formats.CreateRequest) {
+	t.Helper()
+	req.FS = fsys
+	if err := (vmdk.Format{}).Create(context.Background(), req); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func memCreateOverlay(t testing.TB, fsys vfs.FS, parent string, req formats.CreateRequest) {
+	t.Helper()
+	base, err := memTryOpen(fsys, parent, vfs.ReadOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer base.Close()
+	req.Parent = &formats.Parent{Name: parent, Layer: base.Layers()[0]}
+	memCreate(t, fsys, req)
 }
 
 // poke overwrites bytes of a file.
