@@ -15,10 +15,11 @@ demo=(
   losetup:mount
   blkid:util-linux
   qemu-img:qemu-utils
+  mkfs.xfs:xfsprogs
+  sfdisk:fdisk
 )
 test=(
   "${demo[@]}"
-  mkfs.xfs:xfsprogs
   mkfs.btrfs:btrfs-progs
   qemu-io:qemu-utils
   qemu-nbd:qemu-utils

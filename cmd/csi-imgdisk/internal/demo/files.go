@@ -110,3 +110,14 @@ func df(path string) (total, free int64, err error) {
 	}
 	return int64(st.Blocks) * st.Bsize, int64(st.Bavail) * st.Bsize, nil
 }
+
+// growableFileSystem is ext4, or xfs where the kernel would not let this process make a
+// mounted ext4 larger: that needs a capability that root in a container may lack.
+func growableFileSystem() string {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err == nil && data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) == 0 {
+		return "xfs"
+	}
+	return "ext4"
+}

@@ -58,7 +58,7 @@ func (d *demo) startDriver(ctx context.Context) error {
 	if err := p.connect(d.socket()); err != nil {
 		return err
 	}
-	return p.waitReady(ctx, d.logPath())
+	return p.waitReady(ctx, d.socket(), d.logPath())
 }
 
 func (p *driverProcess) connect(socket string) error {
@@ -72,12 +72,15 @@ func (p *driverProcess) connect(socket string) error {
 }
 
 // waitReady returns once the driver answers Probe.
-func (p *driverProcess) waitReady(ctx context.Context, logPath string) error {
+func (p *driverProcess) waitReady(ctx context.Context, socket, logPath string) error {
 	ctx, cancel := context.WithTimeout(ctx, startPatience)
 	defer cancel()
-	p.conn.Connect()
 	for {
-		_, err := p.identity.Probe(ctx, &csi.ProbeRequest{}, grpc.WaitForReady(true))
+		// Connecting before there is a socket would make gRPC wait a second.
+		_, err := os.Stat(socket)
+		if err == nil {
+			_, err = p.identity.Probe(ctx, &csi.ProbeRequest{})
+		}
 		if err == nil {
 			return nil
 		}

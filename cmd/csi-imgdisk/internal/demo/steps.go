@@ -213,7 +213,8 @@ func (d *demo) makeVolume(ctx context.Context, s *snapshotVolumes) error {
 	}); err != nil {
 		return err
 	}
-	if err := d.attachStep(ctx, "attach it, make an ext4 file system, mount it", s.original); err != nil {
+	s.original.fsType = growableFileSystem()
+	if err := d.attachStep(ctx, "attach it, make an "+s.original.fsType+" file system, mount it", s.original); err != nil {
 		return err
 	}
 	target := d.target(s.original.name)
@@ -282,6 +283,7 @@ func (d *demo) restore(ctx context.Context, s *snapshotVolumes) error {
 	}); err != nil {
 		return err
 	}
+	restored.fsType = s.original.fsType
 	if err := d.compareRestored(ctx, restored, s.layer); err != nil {
 		return err
 	}
@@ -299,6 +301,7 @@ func (d *demo) restore(ctx context.Context, s *snapshotVolumes) error {
 	}); err != nil {
 		return err
 	}
+	clone.fsType = s.original.fsType
 	if err := d.attachStep(ctx, "attach and mount the clone", clone); err != nil {
 		return err
 	}

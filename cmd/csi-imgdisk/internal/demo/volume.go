@@ -25,6 +25,7 @@ type volume struct {
 	context  map[string]string
 	size     int64
 	block    bool
+	fsType   string // "": what is on it, or the driver's choice
 	attached bool // ControllerPublish was called, and perhaps more
 }
 
@@ -35,7 +36,7 @@ func (v *volume) capability() *csi.VolumeCapability {
 	if v.block {
 		c.AccessType = &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}}
 	} else {
-		c.AccessType = &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{}}
+		c.AccessType = &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{FsType: v.fsType}}
 	}
 	return c
 }
