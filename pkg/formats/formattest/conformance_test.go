@@ -21,3 +21,5 @@ const bugVariable = "IMGDISK_TOY_BUG"
 func TestConformance(t *testing.T) {
 	formattest.Run(t, toyFactory())
 }
+
+func TestKillProcess(t *testing.T) { formattest.KillProcess(t, toyFactory()) }

@@ -21,7 +21,7 @@
 //	track.go     who has which file open
 //	oracle.go    other people's opinion
 //
-// and then a file for each subtest of Run.
+// and then a file for each subtest of Run; process.go has KillProcess.
 //
 // # Replaying a failure
 //

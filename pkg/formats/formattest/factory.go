@@ -57,6 +57,7 @@ var parts = []struct {
 	test func(*testing.T, Factory)
 }{
 	{"Model", testModel},
+	{"Concurrent", testConcurrent},
 	{"Bounds", testBounds},
 	{"Grow", testGrow},
 	{"Locks", testLocks},

@@ -137,12 +137,24 @@ func (p *player) read(o op) (ioErr, wrong error) {
 
 // change writes, zeroes or discards.
 func (p *player) change(o op) error {
+	ch := p.changeOf(o)
+	p.begin(ch)
+	err := p.ask(o, ch)
+	p.noteChange(o, ch, err)
+	return err
+}
+
+// changeOf returns what the present step changes.
+func (p *player) changeOf(o op) change {
 	ch := change{what: fmt.Sprintf("operation %06x, %s", p.ops, o), off: o.off, n: o.n}
 	if o.kind == opWrite {
 		ch.data = stamp(p.ops, o.off, o.n)
 	}
-	p.begin(ch)
-	err := p.ask(o, ch)
+	return ch
+}
+
+// noteChange notes that the disk has answered.
+func (p *player) noteChange(o op, ch change, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.inFlight = nil
@@ -154,7 +166,6 @@ func (p *player) change(o op) error {
 	default:
 		p.m.live.set(ch)
 	}
-	return err
 }
 
 func (p *player) begin(ch change) {

@@ -17,3 +17,7 @@ func TestConformance(t *testing.T) {
 		},
 	)
 }
+
+func TestKillProcess(t *testing.T) {
+	formattest.KillProcess(t, formattest.Factory{Name: "sparse", Format: raw.Format{}, QEMU: "raw", Headerless: true})
+}
