@@ -71,12 +71,16 @@ func check(ctx context.Context, how access, path string) (checkReport, error) {
 		return checkReport{}, err
 	}
 	defer img.close()
+	unchecked := &exitError{checkUnsupported, fmt.Errorf("a %s image has nothing to check", img.formatName())}
+	if format, err := formats.Lookup(img.formatName()); err == nil && format.Options().MaxClusterBytes == 0 {
+		return checkReport{}, unchecked
+	}
 	progress, end := startProgress("checking")
 	result, err := img.Layers()[0].Codec.Check(ctx, nil, progress)
 	end()
 	switch {
 	case errors.Is(err, block.ErrUnsupported):
-		return checkReport{}, &exitError{checkUnsupported, fmt.Errorf("a %s image has nothing to check", img.formatName())}
+		return checkReport{}, unchecked
 	case err != nil:
 		return checkReport{}, &exitError{checkFailed, err}
 	}

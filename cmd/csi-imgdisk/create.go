@@ -119,7 +119,7 @@ are the parent's, which must not change from now on, and SIZE is optional.`,
 			if err := create(cmd.Context(), at, format, req, parent, parentFormat); err != nil {
 				return at.explain(err)
 			}
-			return reportCreated(cmd, args[0])
+			return reportCreated(cmd, args[0], access{root: root, format: format.Name()})
 		},
 	}
 	s.addFlags(cmd, "format", "f")
@@ -154,8 +154,8 @@ func create(ctx context.Context, at *location, format formats.Format, req format
 }
 
 // reportCreated shows a new image.
-func reportCreated(cmd *cobra.Command, path string) error {
-	infos, err := describeChain(cmd.Context(), access{}, path, false)
+func reportCreated(cmd *cobra.Command, path string, how access) error {
+	infos, err := describeChain(cmd.Context(), how, path, false)
 	if err != nil {
 		return err
 	}

@@ -26,7 +26,7 @@ type volume struct {
 	size     int64
 	block    bool
 	fsType   string // "": what is on it, or the driver's choice
-	attached bool // ControllerPublish was called, and perhaps more
+	attached bool   // ControllerPublish was called, and perhaps more
 }
 
 func (v *volume) capability() *csi.VolumeCapability {
