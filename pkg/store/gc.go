@@ -38,7 +38,7 @@ func (s *Store) GC(ctx context.Context) (GCResult, error) {
 			if err := ctx.Err(); err != nil {
 				return result, err
 			}
-			if checkVolumeName(dir.Name()) != nil {
+			if !dir.IsDir() || checkVolumeName(dir.Name()) != nil {
 				continue
 			}
 			if err := s.collect(ctx, dir.Name(), deleted, &result); err != nil {

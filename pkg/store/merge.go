@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path"
 	"slices"
+	"sync"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
@@ -39,10 +40,7 @@ func (s *Store) merge(ctx context.Context, name string) (bool, error) {
 	if m == nil || err != nil {
 		return false, err
 	}
-	copyCtx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go m.cancelWhenNeeded(copyCtx, cancel)
-	err = m.fill(copyCtx)
+	err = m.fillUnlessNeeded(ctx)
 	if err == nil {
 		err = m.commit(ctx)
 	}
@@ -140,6 +138,16 @@ func (s *Store) mergeBase(ctx context.Context, rec Record) (int, error) {
 		}
 	}
 	return 0, nil
+}
+
+// fillUnlessNeeded makes the new layer, and stops when somebody needs the volume.
+func (m *merger) fillUnlessNeeded(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	defer cancel()
+	watching.Go(func() { m.cancelWhenNeeded(ctx, cancel) })
+	return m.fill(ctx)
 }
 
 // cancelWhenNeeded ends the merge when somebody cleared Merging, or the volume is gone.

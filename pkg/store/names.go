@@ -22,6 +22,9 @@ const (
 )
 
 const (
+	// layerDigits is how many digits a layer's number has at least. Extent files have
+	// fewer, and are told apart by it.
+	layerDigits  = 6
 	maxNameBytes = 128
 	// maxImageNameBytes leaves room in a file name for a layer's number and suffix.
 	maxImageNameBytes = 200
@@ -112,7 +115,7 @@ func volumeFile(name, file string) string { return path.Join(volumesDir, name, f
 func layerFile(volume string, n int, format string) string {
 	stem := volume
 	if n > 0 {
-		stem = fmt.Sprintf("%s-%06d", volume, n)
+		stem = fmt.Sprintf("%s-%0*d", volume, layerDigits, n)
 	}
 	return volumeFile(volume, stem+"."+format)
 }
@@ -125,14 +128,14 @@ func layerStem(volume, file string) (stem string, ok bool) {
 	if !ok || rest == "" || rest[0] != '-' && rest[0] != '.' {
 		return "", false
 	}
-	if len(rest) > 7 && rest[0] == '-' && (rest[7] == '-' || rest[7] == '.') && isNumber(rest[1:7]) {
-		return volume + rest[:7], true
+	end := 1
+	for end < len(rest) && rest[end] >= '0' && rest[end] <= '9' {
+		end++
+	}
+	if rest[0] == '-' && end > layerDigits && end < len(rest) && (rest[end] == '-' || rest[end] == '.') {
+		return volume + rest[:end], true
 	}
 	return volume, true
-}
-
-func isNumber(s string) bool {
-	return strings.Trim(s, "0123456789") == ""
 }
 
 // ownerOf returns the volume in whose directory a layer lies; "" for images.

@@ -35,8 +35,11 @@ func (s *Store) sweep(ctx context.Context, name string) (removed []string, err e
 // sweepLocked is sweep for who holds both locks.
 func (s *Store) sweepLocked(ctx context.Context, name string) (removed []string, err error) {
 	rec, err := s.readRecord(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // somebody was faster
+	}
 	if err != nil {
-		return nil, notFound(name, err)
+		return nil, err
 	}
 	needed, err := s.neededLayers(ctx)
 	if err != nil {

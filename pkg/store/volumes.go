@@ -61,7 +61,7 @@ func (s *Store) records(ctx context.Context) ([]VolumeEntry, error) {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		if checkVolumeName(dir.Name()) != nil {
+		if !dir.IsDir() || checkVolumeName(dir.Name()) != nil {
 			continue // not ours: Check reports it
 		}
 		rec, err := s.readRecord(dir.Name())
