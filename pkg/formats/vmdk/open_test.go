@@ -182,7 +182,7 @@ func TestOpen_RenamedSparse(t *testing.T) {
 
 // newStream returns a streamOptimized image of two grains of 64 KiB, whose first is stored
 // as given, marker and all.
-func newStream(t *testing.T, stored []byte) vfs.FS {
+func newStream(t testing.TB, stored []byte) *vfs.Mem {
 	t.Helper()
 	fsys := vfs.NewMem()
 	req := formats.CreateRequest{FS: fsys, Name: "a.vmdk", SizeBytes: 100 << 10}
