@@ -39,7 +39,7 @@ func (s *Supervisor) serveAPI(ctx context.Context, listener net.Listener) error 
 		return fmt.Errorf("supervisor: serve API: %w", err)
 	case <-ctx.Done():
 	}
-	_ = os.Remove(SocketPath(s.cfg.StateDir)) // nobody new: our lock is still held
+	s.closeDoor()
 	shutdownCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownPatience)
 	defer cancel()
 	if err := server.Shutdown(shutdownCtx); err != nil {
@@ -48,6 +48,10 @@ func (s *Supervisor) serveAPI(ctx context.Context, listener net.Listener) error 
 	}
 	return nil
 }
+
+// closeDoor takes the API's socket away from new clients. The lock is still held, so
+// that it cannot be a successor's.
+func (s *Supervisor) closeDoor() { _ = os.Remove(SocketPath(s.cfg.StateDir)) }
 
 func (s *Supervisor) routes() http.Handler {
 	mux := http.NewServeMux()
@@ -91,6 +95,9 @@ func (s *Supervisor) routes() http.Handler {
 	})
 	mux.HandleFunc("POST /v1/stop", func(w http.ResponseWriter, _ *http.Request) {
 		err := s.stopIdle()
+		if err == nil {
+			s.closeDoor() // who asks after this answer shall not find us
+		}
 		respond(w, struct{}{}, err)
 		if err == nil {
 			s.stop()
