@@ -109,7 +109,7 @@ func TestJournal_ReadsBackWhatWasNoted(t *testing.T) {
 	note(200, "two")
 	check := func(epoch int64, id string, want ...int64) {
 		t.Helper()
-		records, err := readJournal(&JournalFile{FS: fs, Name: "j", Epoch: epoch}, []byte(id))
+		records, _, err := readJournal(&JournalFile{FS: fs, Name: "j", Epoch: epoch}, []byte(id))
 		if err != nil {
 			t.Fatal(err)
 		}

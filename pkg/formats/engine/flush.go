@@ -139,7 +139,7 @@ func (d *Disk) reuse(unused []Span, gate gateState) {
 // for, durably, and empties the journal. The layer must be opened anew when it returns
 // true: its codec may remember what was there before. It can be killed and repeated.
 func Replay(l *Layer, file *JournalFile) (applied bool, err error) {
-	records, err := readJournal(file, l.journalIdentity())
+	records, newer, err := readJournal(file, l.journalIdentity())
 	if err != nil {
 		return false, err
 	}
@@ -149,7 +149,7 @@ func Replay(l *Layer, file *JournalFile) (applied bool, err error) {
 			return false, fmt.Errorf("replay the journal of %s: %w", l.Name, err)
 		}
 	}
-	return len(records) > 0, removeJournal(file)
+	return len(records) > 0, removeJournal(file, newer)
 }
 
 func (l *Layer) replay(records []redoRecord) error {

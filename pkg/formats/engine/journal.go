@@ -239,13 +239,15 @@ func (j *journal) close(clean bool) error {
 	}
 	err := j.release()
 	if clean {
-		err = errors.Join(err, removeJournal(&j.file))
+		err = errors.Join(err, removeJournal(&j.file, j.active))
 	}
 	return err
 }
 
-func removeJournal(file *JournalFile) error {
-	for i := range 2 {
+// removeJournal removes both segments, the older one first: a kill in between must not
+// leave the older one's records alone, which the newer one's have overtaken.
+func removeJournal(file *JournalFile, newer int) error {
+	for _, i := range []int{1 - newer, newer} {
 		if err := file.FS.Remove(file.segment(i)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove redo journal: %w", err)
 		}
@@ -253,21 +255,22 @@ func removeJournal(file *JournalFile) error {
 	return nil
 }
 
-// readJournal returns the records that are to be replayed onto an image, in order: none
-// when the journal is missing or was written for another image or attachment.
-func readJournal(file *JournalFile, identity []byte) ([]redoRecord, error) {
+// readJournal returns the records that are to be replayed onto an image, in order, and
+// which segment is the newer one: no records when the journal is missing or was written
+// for another image or attachment.
+func readJournal(file *JournalFile, identity []byte) (records []redoRecord, newer int, err error) {
 	var found [2]segment
 	for i := range found {
 		s, err := readSegment(file, i, identity)
 		if err != nil {
-			return nil, fmt.Errorf("read redo journal %s: %w", file.segment(i), err)
+			return nil, 0, fmt.Errorf("read redo journal %s: %w", file.segment(i), err)
 		}
 		found[i] = s
 	}
-	if found[0].sequence > found[1].sequence {
-		found[0], found[1] = found[1], found[0]
+	if found[1].sequence > found[0].sequence {
+		newer = 1
 	}
-	return append(found[0].records, found[1].records...), nil
+	return append(found[1-newer].records, found[newer].records...), newer, nil
 }
 
 type segment struct {
