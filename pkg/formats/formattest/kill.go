@@ -51,6 +51,7 @@ type killer struct {
 	r                *rand.Rand
 	images, journals *vfs.Mem
 	p                *player // nil: not now
+	nested           bool    // a hook is playing steps itself
 	err              error   // the first thing wrong
 }
 
@@ -59,8 +60,35 @@ func (k *killer) hook(at vfs.Op) error {
 	if k.p == nil || k.err != nil {
 		return nil
 	}
+	if err := k.writeDuringFlush(at); err != nil {
+		k.err = fmt.Errorf("during a flush: %w", err)
+		return nil
+	}
 	if err := k.kill(k.images.Clone(), k.journals.Clone()); err != nil {
 		k.err = fmt.Errorf("killed before %s: %w", showFSOp(at), err)
+	}
+	return nil
+}
+
+// writeDuringFlush changes the disk between the steps of a flush, as other goroutines do:
+// mostly what was changed just before.
+func (k *killer) writeDuringFlush(at vfs.Op) error {
+	if !k.p.flushing || k.nested || at.Kind != vfs.OpSync {
+		return nil
+	}
+	k.nested = true
+	defer func() { k.nested = false }()
+	s := k.p.rig.f.shape()
+	s.size = k.p.m.size()
+	for _, o := range newScript(k.r, s, mix{opWrite: 3, opZero: 1, opDiscard: 1}, k.r.IntN(3)) {
+		if n := len(k.p.m.since); n > 0 && k.r.IntN(3) > 0 {
+			before := k.p.m.since[n-1]
+			o.off, o.n = before.off, before.n
+		}
+		ioErr, wrong := k.p.step(o)
+		if err := errors.Join(ioErr, wrong, k.err); err != nil && !unsupported(o, ioErr) {
+			return fmt.Errorf("%s: %w", o, err)
+		}
 	}
 	return nil
 }

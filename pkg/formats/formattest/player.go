@@ -30,6 +30,7 @@ type player struct {
 	m         *model
 	inFlight  []change // of the step being played
 	sizes     []int64  // that the disk may have when it is opened next
+	flushing  bool     // the step being played is a flush
 	poisoned  bool     // no write or flush may succeed until the image is reopened
 	snapshots []snapshot
 }
@@ -188,18 +189,21 @@ func (p *player) ask(o op, ch change) error {
 	return err
 }
 
+// flush flushes. What is written meanwhile, by a hook of the file system, is not covered.
 func (p *player) flush() error {
+	p.mu.Lock()
+	covered, begun := p.m.live.clone(), len(p.m.since)
+	p.flushing = true
+	p.mu.Unlock()
 	err := p.rig.img.Flush()
-	if err == nil {
-		p.noteFlushed()
-	}
-	return err
-}
-
-func (p *player) noteFlushed() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.m.flushed()
+	p.flushing = false
+	if err == nil {
+		p.m.durable = covered
+		p.m.since = slices.Clone(p.m.since[begun:])
+	}
+	return err
 }
 
 // reopen closes the image and opens it again.
