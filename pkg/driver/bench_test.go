@@ -70,10 +70,7 @@ func runDriver(t *testing.T, d *Driver, socket string) *grpc.ClientConn {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- d.Run(ctx, "unix://"+socket) }()
-	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := dial(t, socket)
 	t.Cleanup(func() {
 		conn.Close()
 		cancel()
@@ -86,6 +83,17 @@ func runDriver(t *testing.T, d *Driver, socket string) *grpc.ClientConn {
 	if _, err := csi.NewIdentityClient(conn).Probe(probe, &csi.ProbeRequest{}, grpc.WaitForReady(true)); err != nil {
 		t.Fatalf("Probe: %v", err)
 	}
+	return conn
+}
+
+// dial returns a connection that is closed when the test ends.
+func dial(t *testing.T, socket string) *grpc.ClientConn {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
 	return conn
 }
 

@@ -20,6 +20,7 @@ type faults struct {
 	errs  map[string]error         // by method: what it returns
 	gates map[string]chan struct{} // by method: it waits until this is closed
 	calls map[string]int
+	step  func() // called before every call takes effect
 }
 
 func (f *faults) fail(method string, err error) {
@@ -56,8 +57,11 @@ func (f *faults) enter(method string) error {
 		f.calls = map[string]int{}
 	}
 	f.calls[method]++
-	err, gate := f.errs[method], f.gates[method]
+	err, gate, step := f.errs[method], f.gates[method], f.step
 	f.mu.Unlock()
+	if step != nil {
+		step()
+	}
 	if gate != nil {
 		<-gate
 	}
@@ -376,7 +380,7 @@ func (a *fakeAttacher) Attachment(_ context.Context, handle string) (Attachment,
 	return d.Attachment, nil
 }
 
-func (a *fakeAttacher) Resize(ctx context.Context, handle string) (Attachment, error) {
+func (a *fakeAttacher) Resize(_ context.Context, handle string) (Attachment, error) {
 	if err := a.enter("Resize"); err != nil {
 		return Attachment{}, err
 	}
@@ -386,7 +390,9 @@ func (a *fakeAttacher) Resize(ctx context.Context, handle string) (Attachment, e
 	if d == nil {
 		return Attachment{}, fmt.Errorf("attachment %s: %w", handle, block.ErrNotFound)
 	}
-	if vol, err := a.store.Volume(ctx, d.spec.Volume); err == nil {
+	a.store.data.Lock()
+	defer a.store.data.Unlock()
+	if vol := a.store.volumes[d.spec.Volume]; vol != nil {
 		d.SizeBytes = vol.SizeBytes
 	}
 	return d.Attachment, nil
