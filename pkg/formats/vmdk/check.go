@@ -99,6 +99,14 @@ type checker struct {
 }
 
 func (k *checker) run() error {
+	if err := k.scan(); err != nil {
+		return err
+	}
+	return k.checkLeaks()
+}
+
+// scan goes through all tables: used is complete afterwards.
+func (k *checker) scan() error {
 	s := k.sparse
 	k.table, k.redundant = make([]byte, s.tableBytes()), make([]byte, s.tableBytes())
 	k.result.TotalClusters += s.grains()
@@ -118,7 +126,7 @@ func (k *checker) run() error {
 		}
 		k.step()
 	}
-	return k.checkLeaks()
+	return nil
 }
 
 // checkDirectories reports what judgeTables has found. A table that is lost, but not its
@@ -363,6 +371,28 @@ func (k *checker) mark(off, n int64) bool {
 	return true
 }
 
+// eachFree calls f with each stretch of the file that nothing refers to, in bytes.
+func (k *checker) eachFree(f func(start, end int64)) {
+	units := (k.sparse.fileEnd-1)>>k.unitShift + 1
+	from := int64(-1)
+	for u := int64(0); u < units; u++ {
+		isFree := k.used[u/64]&(1<<(u%64)) == 0
+		switch {
+		case isFree && from < 0:
+			from = u
+		case !isFree && from >= 0:
+			f(from<<k.unitShift, u<<k.unitShift)
+			from = -1
+		}
+		if word := k.used[u/64]; u%64 == 0 && from < 0 && word == 1<<64-1 {
+			u += 63
+		}
+	}
+	if from >= 0 {
+		f(from<<k.unitShift, units<<k.unitShift)
+	}
+}
+
 // checkLeaks counts the space for whole grains that nothing refers to, and cuts off what of
 // it ends the file.
 func (k *checker) checkLeaks() error {
@@ -370,19 +400,14 @@ func (k *checker) checkLeaks() error {
 	if s.header.compressed() {
 		return nil
 	}
-	perGrain := int64(1) << (s.grainShift - k.unitShift)
-	units := (s.fileEnd-1)>>k.unitShift + 1
-	var free, leaks int64
-	for u := int64(0); u < units; u++ {
-		if k.used[u/64]&(1<<(u%64)) != 0 {
-			free = 0
-			continue
+	leaks, tail, end := int64(0), int64(0), s.fileEnd
+	k.eachFree(func(from, to int64) {
+		lost := min(to, s.fileEnd) - from
+		leaks += lost >> s.grainShift
+		if to >= s.fileEnd {
+			end, tail = from, lost>>s.grainShift
 		}
-		if free++; free%perGrain == 0 {
-			leaks++
-		}
-	}
-	end := (units - free) << k.unitShift
+	})
 	k.result.ImageEndOffset = max(k.result.ImageEndOffset, end)
 	if leaks > 0 {
 		report(k.result, engine.Problem{Text: fmt.Sprintf("nothing refers to %d grains of %s", leaks, s.f.Name())})
@@ -391,7 +416,6 @@ func (k *checker) checkLeaks() error {
 		k.result.Leaks += leaks
 		return nil
 	}
-	tail := free / perGrain
 	k.result.FixedLeaks += tail
 	k.result.Leaks += leaks - tail
 	return k.cutOff(end, tail)

@@ -13,6 +13,7 @@
 //	begin.go       the content identifier (CID)
 //	grow.go        enlarging
 //	check.go       checking and repairing
+//	reclaim.go     finding lost space
 //	describe.go    what `image info` shows
 //	create.go      making new images
 //
@@ -77,7 +78,8 @@
 // A sparse file ends at 2 TiB, which is what an entry can say; new images have at most
 // 5 GiB less, so that their tables fit, too. Only images of one extent grow. Grains that
 // were discarded are punched out of the file, but when the image is closed before they are
-// used again, their place in the file is lost: the format has no map of free space. A
+// used again, their place in the file is lost: the format has no map of free space. It is
+// found again when the image is opened once a fifth of the file or more must be lost. A
 // grown image's old directories are lost likewise. The ddb.geometry of a grown image is
 // left alone where changing it would move the rest of an embedded descriptor into another
 // sector. The tables of a check's image may need a bitmap: at most 64 MiB, or the check

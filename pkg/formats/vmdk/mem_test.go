@@ -365,3 +365,97 @@ func TestBegin(t *testing.T) {
 		})
 	}
 }
+
+// A flat image whose descriptor cannot be changed in place gets a new one, and stays
+// locked all the time.
+func TestGrow_ReplacesDescriptor(t *testing.T) {
+	fsys := vfs.NewMem()
+	name := strings.Repeat("n", 200) + ".vmdk"
+	memCreate(t, fsys, formats.CreateRequest{Name: name, SizeBytes: 999 * 512, Subformat: "monolithicFlat"})
+	addFile(t, fsys, name+".new", []byte("left by a crash"))
+	image := memOpen(t, fsys, name, vfs.ReadWrite)
+	before := peek(t, fsys, name)
+	if err := image.Resize(100000 * 512); err != nil {
+		t.Fatal(err)
+	}
+	if len(before) <= 512 || len(peek(t, fsys, name)) <= len(before) {
+		t.Error("the descriptor fits into a sector: this tests nothing")
+	}
+	if _, err := memTryOpen(fsys, name, vfs.ReadWrite); !errors.Is(err, block.ErrLocked) {
+		t.Errorf("somebody else opens it: error %v, want %v", err, block.ErrLocked)
+	}
+	if _, err := image.WriteAt([]byte("end"), 100000*512-3); err != nil {
+		t.Error(err)
+	}
+	if err := image.Close(); err != nil {
+		t.Error(err)
+	}
+	left, err := fsys.ReadDir(".")
+	if err != nil || len(left) != 2 {
+		t.Errorf("left %v, %v", left, err)
+	}
+	if size := memOpen(t, fsys, name, vfs.ReadOnly).Info().SizeBytes; size != 100000*512 {
+		t.Errorf("size %d, want %d", size, 100000*512)
+	}
+}
+
+// What a sparse image's last grain, or a flat one's file, holds past the guest size does
+// not become visible when the guest grows.
+func TestGrow_ShowsZeroes(t *testing.T) {
+	for _, subformat := range []string{"monolithicSparse", "monolithicFlat"} {
+		fsys := vfs.NewMem()
+		memCreate(t, fsys, formats.CreateRequest{Name: "a.vmdk", SizeBytes: 3 * 512, Subformat: subformat})
+		image := memOpen(t, fsys, "a.vmdk", vfs.ReadWrite)
+		if _, err := image.WriteAt([]byte("x"), 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := image.Close(); err != nil {
+			t.Fatal(err)
+		}
+		file, from := "a-flat.vmdk", int64(3*512)
+		if subformat == "monolithicSparse" {
+			file, from = "a.vmdk", int64(bytes.IndexByte(peek(t, fsys, "a.vmdk")[21*512:], 'x'))+21*512+3*512
+		}
+		poke(t, fsys, file, from, []byte("what nobody shall see")...)
+		image = memOpen(t, fsys, "a.vmdk", vfs.ReadWrite)
+		if err := image.Resize(200 << 10); err != nil {
+			t.Fatal(err)
+		}
+		want := make([]byte, 200<<10)
+		want[0] = 'x'
+		if !bytes.Equal(readGuest(t, image), want) {
+			t.Errorf("%s: other bytes than zeroes have appeared", subformat)
+		}
+	}
+}
+
+// At any moment of growing, header and descriptor together say the old or the new size:
+// here only the header has been written.
+func TestGrow_HeaderFirst(t *testing.T) {
+	for _, grown := range []int64{smallSize + 512, smallSize + smallGrain, 64 << 20} {
+		fsys := newSmall(t)
+		image := memOpen(t, fsys, "a.vmdk", vfs.ReadWrite)
+		if err := image.Resize(grown); err != nil {
+			t.Fatal(err)
+		}
+		if err := image.Close(); err != nil {
+			t.Fatal(err)
+		}
+		edit(t, fsys, "a.vmdk", fmt.Sprintf("RW %d ", grown/512), fmt.Sprintf("RW %d ", smallSize/512))
+		want := grown
+		if grown < smallSize+smallGrain {
+			want = smallSize
+		}
+		image = memOpen(t, fsys, "a.vmdk", vfs.ReadWrite)
+		if size := image.Info().SizeBytes; size != want {
+			t.Errorf("grown to %d: the size is %d, want %d", grown, size, want)
+		}
+		if !bytes.HasPrefix(readGuest(t, image), smallData()) {
+			t.Error("the contents differ")
+		}
+		if err := image.Resize(100 << 20); err != nil {
+			t.Errorf("grow again: %v", err)
+		}
+		checkSound(t, image)
+	}
+}

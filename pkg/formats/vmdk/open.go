@@ -372,6 +372,9 @@ func (m *image) makeSpaces() error {
 			return err
 		}
 		s.space = engine.NewSpace(s.f, s.file, end, s.grainBytes(), maxFileSectors*sectorBytes)
+		if err := s.reclaim(); err != nil {
+			return err
+		}
 	}
 	return nil
 }
