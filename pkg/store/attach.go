@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -122,6 +123,19 @@ func (a *Attached) openSnapshot(ctx context.Context) error {
 	}
 	a.record = rec
 	a.image, err = openChain(ctx, a.store.fs, rec.chainTo(snap.Layer), vfs.ReadOnly, nil)
+	return a.unlessMoved(rec, err)
+}
+
+// unlessMoved makes ErrLocked of a failure to open layers that were being replaced just
+// then, by a snapshot or a merge: the record names others by now.
+func (a *Attached) unlessMoved(rec Record, err error) error {
+	if err == nil {
+		return nil
+	}
+	now, readErr := a.store.readRecord(a.name)
+	if readErr == nil && !slices.Equal(now.Layers, rec.Layers) {
+		return fmt.Errorf("%w: its layers have just changed: %w", block.ErrLocked, err)
+	}
 	return err
 }
 
@@ -137,7 +151,7 @@ func (a *Attached) openReadOnly(ctx context.Context) error {
 	}
 	a.record = rec
 	a.image, err = openChain(ctx, fencedFS{a.store.fs, &a.fence}, rec.Layers, vfs.ReadOnly, nil)
-	return err
+	return a.unlessMoved(rec, err)
 }
 
 // openWritable opens the volume's top for writing. It says in the record that this node
@@ -151,7 +165,7 @@ func (a *Attached) openWritable(ctx context.Context) error {
 		if at := rec.attachment(a.opts.Node); at != nil && !at.Serving {
 			at.Serving, a.marked = true, true
 		}
-		rec.Merging = ""
+		rec.Merging = nil
 		return nil
 	})
 	if err != nil {
@@ -163,7 +177,7 @@ func (a *Attached) openWritable(ctx context.Context) error {
 	}
 	img, err := openChain(ctx, fencedFS{a.store.fs, &a.fence}, rec.Layers, vfs.ReadWrite, journal)
 	if err != nil {
-		return err
+		return a.unlessMoved(rec, err)
 	}
 	// Nobody switches layers from here on. Whoever did so just before the lock was
 	// ours made the record newer than the image that is open.

@@ -284,7 +284,7 @@ func (s *Store) referTo(ctx context.Context, rec Record) error {
 	defer lock.Unlock()
 	for _, l := range rec.Layers[:len(rec.Layers)-1] {
 		if _, err := s.fs.Stat(l.File); err != nil {
-			return fmt.Errorf("the source was removed meanwhile: %w: %w", block.ErrNotFound, err)
+			return fmt.Errorf("%w: the source has just been removed, or its layers merged: %w", block.ErrBusy, err)
 		}
 	}
 	return s.writeRecord(rec)
@@ -362,15 +362,27 @@ func (b *base) fill(ctx context.Context, fsys vfs.FS, own LayerRecord, rec Recor
 	if b.parent != nil {
 		return createOverlay(ctx, fsys, own, rec.SizeBytes, rec.Parameters, b.parent.layer)
 	}
-	req := formats.CreateRequest{
-		FS: fsys, Name: own.File, SizeBytes: rec.SizeBytes,
-		Subformat: rec.Parameters.Subformat, ClusterBytes: rec.Parameters.ClusterBytes,
-		Preallocation: formats.Preallocation(rec.Parameters.Preallocation),
-	}
 	if b.content != nil {
-		return formats.Convert(ctx, b.content, b.format, req, nil)
+		return formats.Convert(ctx, b.content, b.format, baseRequest(fsys, own, rec.SizeBytes, rec.Parameters), nil)
 	}
-	return b.format.Create(ctx, req)
+	return createBase(ctx, fsys, own, rec.SizeBytes, rec.Parameters)
+}
+
+func baseRequest(fsys vfs.FS, own LayerRecord, size int64, params Parameters) formats.CreateRequest {
+	return formats.CreateRequest{
+		FS: fsys, Name: own.File, SizeBytes: size,
+		Subformat: params.Subformat, ClusterBytes: params.ClusterBytes,
+		Preallocation: formats.Preallocation(params.Preallocation),
+	}
+}
+
+// createBase makes an empty image that stands on nothing.
+func createBase(ctx context.Context, fsys vfs.FS, own LayerRecord, size int64, params Parameters) error {
+	format, err := formats.Lookup(own.Format)
+	if err != nil {
+		return err
+	}
+	return format.Create(ctx, baseRequest(fsys, own, size, params))
 }
 
 func (b *base) close() {

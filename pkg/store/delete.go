@@ -37,7 +37,7 @@ func (s *Store) DeleteVolume(ctx context.Context, name string) error {
 // markDeleted makes the record say that the volume is gone.
 func (s *Store) markDeleted(ctx context.Context, name string) (Record, error) {
 	if _, err := s.update(ctx, name, func(rec *Record) error {
-		rec.Merging = "" // the merger holds a lock on the image
+		rec.Merging = nil // the merger holds a lock on the image
 		return nil
 	}); err != nil {
 		return Record{}, err

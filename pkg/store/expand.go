@@ -61,7 +61,7 @@ func (s *Store) wishSize(ctx context.Context, name string, sizeBytes, limitBytes
 		rec.GrowProblem = nil // wished anew, tried anew
 		if size > rec.WantSizeBytes {
 			rec.WantSizeBytes = size
-			rec.Merging = ""
+			rec.Merging = nil
 		}
 		return nil
 	})

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"strings"
-	"time"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 )
@@ -104,9 +103,6 @@ func (s *Store) collectUnmade(ctx context.Context, name string, result *GCResult
 	return nil
 }
 
-// gcLockWait is how long a collection waits for a lock before it goes on to the next.
-const gcLockWait = 100 * time.Millisecond
-
 // dropStalePins removes pins for clones that were finished or never will be. A pin is made
 // after its clone's record, so a clone without a record is not about to come.
 func (s *Store) dropStalePins(ctx context.Context, rec Record) error {
@@ -147,18 +143,4 @@ func (s *Store) fulfilLeftWishes(ctx context.Context, rec Record) error {
 		return err
 	}
 	return nil
-}
-
-// endDeadMerge forgets a merge whose process died, so that the sweep removes its file.
-func (s *Store) endDeadMerge(ctx context.Context, rec Record) error {
-	if rec.Merging == "" || rec.Deleted {
-		return nil
-	}
-	_, err := s.update(ctx, rec.Name, func(rec *Record) error {
-		if !s.mergeUnderWay(*rec) {
-			rec.Merging = ""
-		}
-		return nil
-	})
-	return err
 }

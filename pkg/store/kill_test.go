@@ -213,6 +213,28 @@ func scenarios() []scenario {
 			},
 		},
 		{
+			name: "MergeBelowSnapshot",
+			setup: func(t *testing.T, s *store.Store, fsys vfs.FS) {
+				mergeable(t, s, fsys)
+				must(t, ignoreSnapshot(s.CreateSnapshot(t.Context(), "v", "s4")))
+				rewrite(t, s, "v", 4)
+				must(t, s.DeleteSnapshot(t.Context(), "v", "s1"))
+			},
+			op: func(ctx context.Context, s *store.Store) error {
+				_, err := s.GC(ctx)
+				return err
+			},
+			check: func(t *testing.T, s *store.Store) {
+				expectGeneration(t, s, "v", "", 4)
+				expectGeneration(t, s, "v", "s4", 3)
+				rec, err := s.Volume(t.Context(), "v")
+				must(t, err)
+				if len(rec.Layers) != 2 {
+					t.Errorf("%d layers are left, want 2", len(rec.Layers))
+				}
+			},
+		},
+		{
 			name:  "Publish",
 			setup: func(t *testing.T, s *store.Store, _ vfs.FS) { written(t, s, "v") },
 			op: func(ctx context.Context, s *store.Store) error {

@@ -4,38 +4,57 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 
-// Merging makes one layer of several at the upper end of a chain that nothing else stands
-// on: those that were snapshots once. The new layer is filled beside them while nobody
-// writes the volume, and takes their place by one change of the record. Layers that a
-// snapshot or a clone reaches stay as they are, and so does everything below them.
+// Merging shortens the chain of a volume that nobody uses: layers that were the tops of
+// snapshots once, and are no longer, go into the next layer above.
 //
-// The new file is named in the record's Merging first. Whoever wants to use the volume
-// clears that, and the merger gives up; what a dead one leaves is removed by the sweep
-// after somebody cleared it.
+//	before   base ← 1 ← 2 (snapshot s) ← 3 ← 4 (the volume)
+//	after    5 (snapshot s) ← 6 (the volume)
+//
+// Images refer to what they stand on, so everything above the first merged layer is
+// written anew, into files beside the old ones; one change of the record puts them in
+// their place, and the sweep removes the old. What another volume reaches, and images,
+// stay as they are, with all that is below them.
+//
+// The new files are named in the record's Merging first. Whoever wants to use the volume
+// clears that, and the merger gives up. What a dead one leaves is removed by a sweep after
+// the next collection has cleared it.
 
 // mergeChunkBytes is how much is copied between two looks at the context.
 const mergeChunkBytes = 1 << 20
 
+// mergeGroup is layers of a chain that become one: [from, to).
+type mergeGroup struct {
+	from, to int
+}
+
 // merger is one merge under way.
 type merger struct {
 	store  *Store
-	before Record         // with Merging set
-	keep   int            // layers that stay below the new one
-	image  *formats.Image // the chain, locked against writers
+	before Record       // with Merging set
+	groups []mergeGroup // consecutive, up to the top; layers below the first stay
+	top    *formats.Image
 }
 
 // merge shortens a volume's chain, if there is something to merge and nobody uses it. It
 // reports whether it did.
 func (s *Store) merge(ctx context.Context, name string) (bool, error) {
+	if rec, err := s.readRecord(name); err != nil || !rec.idle() || len(rec.Layers) < 2 {
+		return false, nil
+	}
+	lock, err := s.lockMerge(ctx, name)
+	if lock == nil || err != nil {
+		return false, err
+	}
+	defer s.unlockMerge(lock, name)
 	m, err := s.beginMerge(ctx, name)
 	if m == nil || err != nil {
 		return false, err
@@ -44,7 +63,7 @@ func (s *Store) merge(ctx context.Context, name string) (bool, error) {
 	if err == nil {
 		err = m.commit(ctx)
 	}
-	err = errors.Join(err, m.image.Close())
+	err = errors.Join(err, m.top.Close())
 	if err != nil {
 		err = errors.Join(err, m.abandon(context.WithoutCancel(ctx)))
 	}
@@ -57,32 +76,51 @@ func (s *Store) merge(ctx context.Context, name string) (bool, error) {
 
 var errNotNow = errors.New("the volume is needed for something else")
 
+// lockMerge keeps others from merging the same volume; nil if somebody does. It is taken
+// before any other lock.
+func (s *Store) lockMerge(ctx context.Context, name string) (*heldLock, error) {
+	short, cancel := context.WithTimeout(ctx, gcLockWait)
+	defer cancel()
+	lock, err := s.locks.lock(short, volumeFile(name, mergeLock))
+	if err != nil && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded) {
+		return nil, nil
+	}
+	return lock, err
+}
+
+// unlockMerge removes the lock file, too: it is no part of a volume. A file that stays is
+// harmless.
+func (s *Store) unlockMerge(lock *heldLock, name string) {
+	_ = removeIfThere(s.fs, volumeFile(name, mergeLock))
+	lock.Unlock()
+}
+
 // beginMerge decides what to merge, and records it. It returns nil if there is nothing.
 func (s *Store) beginMerge(ctx context.Context, name string) (*merger, error) {
 	m := &merger{store: s}
-	rec, err := s.update(ctx, name, func(rec *Record) error {
-		if s.mergeUnderWay(*rec) || !rec.idle() {
+	rec, err := s.update(ctx, name, func(rec *Record) (err error) {
+		if !rec.idle() {
 			return errNotNow
 		}
-		keep, err := s.mergeBase(ctx, *rec)
-		if err != nil {
+		if m.groups, err = s.planMerge(ctx, *rec); err != nil {
 			return err
 		}
-		if len(rec.Layers)-keep < 2 {
+		if len(m.groups) == 0 {
 			return errNotNow
 		}
-		m.image, err = openChain(ctx, s.fs, rec.Layers, vfs.ReadOnly, nil)
-		if err != nil {
+		if m.top, err = openChain(ctx, s.fs, rec.Layers, vfs.ReadOnly, nil); err != nil {
 			return err
 		}
-		m.keep = keep
-		rec.Merging = layerFile(name, rec.NextLayer, rec.Format)
-		rec.NextLayer++
+		rec.Merging = nil
+		for _, g := range m.groups {
+			rec.Merging = append(rec.Merging, layerFile(name, rec.NextLayer, rec.Layers[g.to-1].Format))
+			rec.NextLayer++
+		}
 		return nil
 	})
 	if err != nil {
-		if m.image != nil {
-			err = errors.Join(err, m.image.Close())
+		if m.top != nil {
+			err = errors.Join(err, m.top.Close())
 		}
 		if errors.Is(err, errNotNow) || errors.Is(err, block.ErrLocked) || errors.Is(err, block.ErrNotFound) {
 			return nil, nil
@@ -93,103 +131,126 @@ func (s *Store) beginMerge(ctx context.Context, name string) (*merger, error) {
 	return m, nil
 }
 
-// mergeUnderWay reports whether somebody alive is merging: he holds the new file's lock.
-func (s *Store) mergeUnderWay(rec Record) bool {
-	if rec.Merging == "" {
-		return false
-	}
-	f, err := openExclusively(s.fs, rec.Merging)
-	if err == nil {
-		f.Close()
-	}
-	return errors.Is(err, block.ErrLocked)
-}
-
 // idle reports whether nobody has, or is about to have, the volume.
 func (r *Record) idle() bool {
 	unready := slices.ContainsFunc(r.Snapshots, func(s SnapshotRecord) bool { return !s.Ready || s.isPin() })
 	return r.exists() == nil && len(r.Attachments) == 0 && !unready && r.WantSizeBytes <= r.SizeBytes
 }
 
-// mergeBase returns how many of a volume's layers must stay: up to the last one that a
-// snapshot or another volume reaches, or that is an image.
-func (s *Store) mergeBase(ctx context.Context, rec Record) (int, error) {
+// planMerge returns the groups from the first one with something to merge; nil if there
+// is none.
+func (s *Store) planMerge(ctx context.Context, rec Record) ([]mergeGroup, error) {
 	all, err := s.records(ctx)
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	pinned := map[string]bool{}
+	others := map[string]bool{}
 	for _, e := range all {
 		if e.Err != nil {
-			return 0, e.Err
+			return nil, e.Err
 		}
-		other := e.Record
 		if e.Name == rec.Name {
-			other.Layers = slices.Clone(rec.Layers)
-			other.Deleted = true // only what its snapshots need
+			continue
 		}
-		for _, file := range other.neededLayers() {
-			pinned[file] = true
-		}
-	}
-	for i := len(rec.Layers) - 1; i >= 0; i-- {
-		if file := rec.Layers[i].File; pinned[file] || ownerOf(file) == "" {
-			return i + 1, nil
+		for _, file := range e.Record.neededLayers() {
+			others[file] = true
 		}
 	}
-	return 0, nil
+	return groupLayers(rec, others), nil
 }
 
-// fillUnlessNeeded makes the new layer, and stops when somebody needs the volume.
+// groupLayers is planMerge, given what other volumes need.
+func groupLayers(rec Record, others map[string]bool) []mergeGroup {
+	tops := map[string]bool{rec.top().File: true}
+	for _, snap := range rec.Snapshots {
+		tops[snap.Layer] = true
+	}
+	var groups []mergeGroup
+	for from, i := 0, 0; i < len(rec.Layers); i++ {
+		file := rec.Layers[i].File
+		switch {
+		case others[file] || ownerOf(file) == "":
+			groups, from = nil, i+1 // it stays, and so does what is below
+		case tops[file]:
+			if len(groups) > 0 || i > from {
+				groups = append(groups, mergeGroup{from, i + 1})
+			}
+			from = i + 1
+		}
+	}
+	return groups
+}
+
+// fillUnlessNeeded makes the new layers, and stops when somebody needs the volume.
 func (m *merger) fillUnlessNeeded(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var watching sync.WaitGroup
 	defer watching.Wait()
 	defer cancel()
 	watching.Go(func() { m.cancelWhenNeeded(ctx, cancel) })
-	return m.fill(ctx)
+	chain := slices.Clone(m.before.Layers[:m.groups[0].from])
+	for i, g := range m.groups {
+		own := LayerRecord{File: m.before.Merging[i], Format: m.before.Layers[g.to-1].Format}
+		if err := m.fill(ctx, g, chain, own); err != nil {
+			return fmt.Errorf("merge layers of volume %s into %s: %w", m.before.Name, own.File, err)
+		}
+		chain = append(chain, own)
+	}
+	return nil
 }
 
 // cancelWhenNeeded ends the merge when somebody cleared Merging, or the volume is gone.
 func (m *merger) cancelWhenNeeded(ctx context.Context, cancel context.CancelFunc) {
 	for sleep(ctx, m.store.opts.PollInterval) == nil {
 		rec, err := m.store.readRecord(m.before.Name)
-		if err != nil || rec.Merging != m.before.Merging || !rec.idle() {
+		if err != nil || !slices.Equal(rec.Merging, m.before.Merging) || !rec.idle() {
 			cancel()
 			return
 		}
 	}
 }
 
-// fill makes the new layer.
-func (m *merger) fill(ctx context.Context) (err error) {
-	fsys, rec := m.store.fs, m.before
-	own := LayerRecord{File: rec.Merging, Format: rec.Format}
-	format, err := formats.Lookup(rec.Format)
+// fill makes one new layer, which stands on below and holds what a group holds.
+func (m *merger) fill(ctx context.Context, g mergeGroup, below []LayerRecord, own LayerRecord) error {
+	fsys := m.store.fs
+	src, err := openChain(ctx, fsys, m.before.Layers[:g.to], vfs.ReadOnly, nil)
 	if err != nil {
 		return err
 	}
-	if m.keep == 0 {
-		return formats.Convert(ctx, m.image, format, formats.CreateRequest{
-			FS: fsys, Name: own.File, SizeBytes: rec.SizeBytes,
-			Subformat: rec.Parameters.Subformat, ClusterBytes: rec.Parameters.ClusterBytes,
-		}, nil)
+	defer src.Close()
+	size := src.Info().SizeBytes
+	if len(below) == 0 {
+		err = createBase(ctx, fsys, own, size, m.before.Parameters)
+	} else {
+		err = m.createOn(ctx, below, own, size)
 	}
-	merged := len(rec.Layers) - m.keep
-	parent := m.image.Layers()[merged]
-	if err := createOverlay(ctx, fsys, own, rec.SizeBytes, rec.Parameters, parent); err != nil {
-		return err
-	}
-	dst, err := formats.Open(ctx, fsys, own.File, formats.OpenOptions{Format: own.Format, Mode: vfs.ReadWrite, NoParents: false,
-		ParentFormats: map[string]string{parent.Name: parent.Format}})
 	if err != nil {
 		return err
 	}
-	return errors.Join(copyLayers(ctx, dst, m.image, merged), dst.Close())
+	dst, err := openChain(ctx, fsys, append(slices.Clone(below), own), vfs.ReadWrite, nil)
+	if err != nil {
+		return err
+	}
+	if len(below) == 0 {
+		err = formats.Copy(ctx, dst, src, nil)
+	} else {
+		err = copyLayers(ctx, dst, src, g.to-g.from)
+	}
+	return errors.Join(err, dst.Close())
 }
 
-// copyLayers copies what the uppermost layers of src hold to dst, which stands on the
-// same layer as they do.
+// createOn makes an empty overlay on the top of a chain.
+func (m *merger) createOn(ctx context.Context, below []LayerRecord, own LayerRecord, size int64) error {
+	parent, err := openLayer(ctx, m.store.fs, below[len(below)-1])
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	return createOverlay(ctx, m.store.fs, own, size, m.before.Parameters, parent)
+}
+
+// copyLayers copies what the uppermost layers of src hold to dst, which stands on
+// something that reads like what is below them.
 func copyLayers(ctx context.Context, dst, src block.Device, layers int) error {
 	size := src.Info().SizeBytes
 	buf := make([]byte, mergeChunkBytes)
@@ -201,12 +262,13 @@ func copyLayers(ctx context.Context, dst, src block.Device, layers int) error {
 		if err != nil {
 			return err
 		}
+		if extent.Off != off || extent.Len <= 0 || extent.Len > mergeChunkBytes {
+			return fmt.Errorf("map at guest offset %d: %w: an extent of %d bytes at %d", off, block.ErrCorrupt, extent.Len, extent.Off)
+		}
 		if extent.State != block.Unallocated && extent.Depth < layers {
 			if err := copyExtent(dst, src, extent, buf); err != nil {
-				return fmt.Errorf("merge at guest offset %d: %w", off, err)
+				return fmt.Errorf("guest offset %d: %w", off, err)
 			}
-		} else if extent.Len <= 0 {
-			return fmt.Errorf("map at guest offset %d: %w: an extent of %d bytes", off, block.ErrCorrupt, extent.Len)
 		}
 		off += extent.Len
 	}
@@ -214,9 +276,6 @@ func copyLayers(ctx context.Context, dst, src block.Device, layers int) error {
 }
 
 func copyExtent(dst, src block.Device, extent block.Extent, buf []byte) error {
-	if extent.Len <= 0 || extent.Len > int64(len(buf)) {
-		return fmt.Errorf("map: %w: an extent of %d bytes", block.ErrCorrupt, extent.Len)
-	}
 	if extent.State == block.Zero {
 		return dst.WriteZeroes(extent.Off, extent.Len, 0)
 	}
@@ -228,36 +287,38 @@ func copyExtent(dst, src block.Device, extent block.Extent, buf []byte) error {
 	return err
 }
 
-// commit puts the new layer in the place of those it was made of.
+// commit puts the new layers in the place of those they were made of.
 func (m *merger) commit(ctx context.Context) error {
-	if err := syncDir(m.store.fs, path.Dir(m.before.Merging)); err != nil {
-		return err
-	}
 	_, err := m.store.update(ctx, m.before.Name, func(rec *Record) error {
-		if rec.Merging != m.before.Merging || !rec.idle() || !slices.Equal(rec.Layers, m.before.Layers) || rec.SizeBytes != m.before.SizeBytes {
+		if !slices.Equal(rec.Merging, m.before.Merging) || !rec.idle() ||
+			!slices.Equal(rec.Layers, m.before.Layers) || rec.SizeBytes != m.before.SizeBytes {
 			return errNotNow
 		}
-		// A snapshot taken and deleted meanwhile has changed Layers; a clone has too,
-		// or has finished and now shows in the records.
-		keep, err := m.store.mergeBase(ctx, *rec)
-		if err != nil {
-			return err
+		layers := slices.Clone(rec.Layers[:m.groups[0].from])
+		for i, g := range m.groups {
+			old := rec.Layers[g.to-1]
+			layers = append(layers, LayerRecord{File: rec.Merging[i], Format: old.Format})
+			for k := range rec.Snapshots {
+				if rec.Snapshots[k].Layer == old.File {
+					rec.Snapshots[k].Layer = rec.Merging[i]
+				}
+			}
 		}
-		if keep > m.keep {
-			return errNotNow
+		// Which overlay a snapshot switched to no longer means anything.
+		for k := range rec.Snapshots {
+			rec.Snapshots[k].Overlay = ""
 		}
-		rec.Layers = append(slices.Clone(rec.Layers[:m.keep]), LayerRecord{File: rec.Merging, Format: rec.Format})
-		rec.Merging = ""
+		rec.Layers, rec.Merging = layers, nil
 		return nil
 	})
 	return err
 }
 
-// abandon takes back what the record says of the merge; the sweep removes the file.
+// abandon takes back what the record says of the merge; the sweep removes the files.
 func (m *merger) abandon(ctx context.Context) error {
 	_, err := m.store.update(ctx, m.before.Name, func(rec *Record) error {
-		if rec.Merging == m.before.Merging {
-			rec.Merging = ""
+		if slices.Equal(rec.Merging, m.before.Merging) {
+			rec.Merging = nil
 		}
 		return nil
 	})
@@ -266,3 +327,23 @@ func (m *merger) abandon(ctx context.Context) error {
 	}
 	return err
 }
+
+// endDeadMerge forgets a merge whose process died, so that the sweep removes its files.
+func (s *Store) endDeadMerge(ctx context.Context, rec Record) error {
+	if len(rec.Merging) == 0 || rec.Deleted {
+		return nil
+	}
+	lock, err := s.lockMerge(ctx, rec.Name)
+	if lock == nil || err != nil {
+		return err
+	}
+	defer s.unlockMerge(lock, rec.Name)
+	_, err = s.update(ctx, rec.Name, func(rec *Record) error {
+		rec.Merging = nil
+		return nil
+	})
+	return err
+}
+
+// gcLockWait is how long a collection waits for a lock before it goes on to the next.
+const gcLockWait = 100 * time.Millisecond

@@ -19,6 +19,7 @@ const (
 	recordFile   = "volume.json"
 	recordNew    = "volume.json.new"
 	volumeLock   = "volume.lock"
+	mergeLock    = "merge.lock"
 )
 
 const (

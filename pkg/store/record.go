@@ -23,9 +23,9 @@ type Record struct {
 	NextLayer int              `json:"nextLayer"` // number in the next overlay's name
 	Snapshots []SnapshotRecord `json:"snapshots,omitempty"`
 
-	// Merging is the file into which layers are being merged; see merge.go. Whoever
+	// Merging are the files into which layers are being merged; see merge.go. Whoever
 	// needs the volume for something else clears it, and the merger gives up.
-	Merging string `json:"merging,omitempty"`
+	Merging []string `json:"merging,omitempty"`
 
 	// WantSizeBytes is the wish to grow: more than SizeBytes until it is done.
 	WantSizeBytes int64 `json:"wantSizeBytes,omitempty"`

@@ -201,8 +201,10 @@ func (r *Record) validate(name string) error {
 	case r.Ready && !r.Deleted && len(r.Layers) == 0:
 		return bad("the volume has no layers")
 	}
-	if r.Merging != "" && ownerOf(r.Merging) != r.Name {
-		return bad("layers are being merged into %.300q, which is not in the volume's directory", r.Merging)
+	for _, file := range r.Merging {
+		if ownerOf(file) != r.Name {
+			return bad("layers are being merged into %.300q, which is not in the volume's directory", file)
+		}
 	}
 	for _, l := range r.Layers {
 		if err := checkLayer(l); err != nil {

@@ -493,7 +493,7 @@ func TestCorruptRecord(t *testing.T) {
 		`{"layout":1,"name":"bad","ready":true,"layers":[{"file":"store.json","format":"raw"}]}`,
 		`{"layout":1,"name":"bad","ready":true,"layers":[]}`,
 		`{"layout":1,"name":"bad","sizeBytes":-1}`,
-		`{"layout":1,"name":"bad","merging":"volumes/good/good.vmdk"}`,
+		`{"layout":1,"name":"bad","merging":["volumes/good/good.vmdk"]}`,
 		`{"layout":1,"name":"bad","snapshots":[{"name":"../x"}]}`,
 		`{"layout":1,"name":"bad","snapshots":[{"name":"x","overlay":"volumes/good/good.vmdk"}]}`,
 		`{"layout":1,"name":"bad","snapshots":[{"name":"x","ready":true,"layer":"volumes/good/good.vmdk"}]}`,
@@ -741,6 +741,58 @@ func TestNamesLikeLayers(t *testing.T) {
 	for i, name := range names {
 		expectGeneration(t, s, name, "", byte(i+1))
 		expectGeneration(t, s, name, fmt.Sprintf("s%d", i), 0)
+	}
+	expectClean(t, s)
+	deleteAll(t, s, m, "in the end")
+}
+
+// What somebody reads stays until he is done, whatever is deleted.
+func TestDelete_WhileRead(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *store.Store, fsys vfs.FS) {
+		ctx := t.Context()
+		written(t, s, "v")
+		must(t, ignoreSnapshot(s.CreateSnapshot(ctx, "v", "s")))
+		rewrite(t, s, "v", 2)
+		reader := openSnapshot(t, s, "v", "s")
+		must(t, s.DeleteSnapshot(ctx, "v", "s"))
+		must(t, s.DeleteVolume(ctx, "v"))
+		expectStamp(t, reader, 0, 1)
+		if len(tree(t, fsys, ".")) == 0 {
+			t.Error("the layer is gone")
+		}
+		must(t, reader.Close())
+		result, err := s.GC(ctx)
+		must(t, err)
+		if len(result.RemovedVolumes) != 1 || len(result.Problems) != 0 {
+			t.Errorf("collected %+v", result)
+		}
+		expectEmpty(t, fsys)
+	})
+}
+
+// A volume with a snapshot every so often, of which the oldest is deleted each time, stays
+// short.
+func TestMerge_RollingSnapshots(t *testing.T) {
+	s, m := newStore(t)
+	ctx := t.Context()
+	volume(t, s, "v")
+	const kept = 3
+	for n := byte(1); n <= 12; n++ {
+		rewrite(t, s, "v", n)
+		must(t, ignoreSnapshot(s.CreateSnapshot(ctx, "v", fmt.Sprintf("s%d", n))))
+		if n > kept {
+			must(t, s.DeleteSnapshot(ctx, "v", fmt.Sprintf("s%d", n-kept)))
+		}
+		result, err := s.GC(ctx)
+		must(t, err)
+		rec, err := s.Volume(ctx, "v")
+		must(t, err)
+		if len(rec.Layers) > kept+1 || len(result.Problems) > 0 {
+			t.Fatalf("after %d snapshots: %d layers, %+v", n, len(rec.Layers), result)
+		}
+		for k := max(1, int(n)-kept+1); k <= int(n); k++ {
+			expectGeneration(t, s, "v", fmt.Sprintf("s%d", k), byte(k))
+		}
 	}
 	expectClean(t, s)
 	deleteAll(t, s, m, "in the end")

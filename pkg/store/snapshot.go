@@ -90,7 +90,7 @@ func (s *Store) wishSnapshot(ctx context.Context, volume, snapshot string) (snap
 		return snap, err
 	}
 	snap = SnapshotRecord{Name: snapshot, Requested: now()}
-	rec.Merging = ""
+	rec.Merging = nil
 	rec.Snapshots = append(rec.Snapshots, snap)
 	return snap, s.writeRecord(rec)
 }

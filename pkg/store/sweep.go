@@ -50,6 +50,14 @@ func (s *Store) sweepLocked(ctx context.Context, name string) (removed []string,
 		return nil, err
 	}
 	for _, file := range unneeded {
+		inUse, err := s.inUse(file)
+		if err != nil {
+			return removed, err
+		}
+		if inUse {
+			keeps = true // by a reader of a deleted snapshot: a later sweep gets it
+			continue
+		}
 		if err := removeIfThere(s.fs, file); err != nil {
 			return removed, err
 		}
@@ -62,6 +70,20 @@ func (s *Store) sweepLocked(ctx context.Context, name string) (removed []string,
 		err = syncDir(s.fs, volumeDir(name))
 	}
 	return removed, err
+}
+
+// inUse reports whether somebody has a file open in a way that locks it.
+func (s *Store) inUse(file string) (bool, error) {
+	f, err := openExclusively(s.fs, file)
+	switch {
+	case err == nil:
+		return false, f.Close()
+	case errors.Is(err, block.ErrLocked):
+		return true, nil
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrInvalid):
+		return false, nil
+	}
+	return false, err
 }
 
 // neededLayers marks: the files of all layers that a volume or a snapshot reaches, or
@@ -94,9 +116,7 @@ func (r *Record) neededLayers() []string {
 	}
 	if !r.Deleted {
 		add(r.Layers)
-		if r.Merging != "" {
-			files = append(files, r.Merging)
-		}
+		files = append(files, r.Merging...)
 	}
 	for _, snap := range r.Snapshots {
 		if snap.Layer != "" {
@@ -140,9 +160,9 @@ func (s *Store) unneededFiles(name string, needed map[string]bool) (unneeded []s
 }
 
 // isStoreFile reports whether a file in a volume's directory is the store's own. A volume
-// may be called "volume", so that its layers' names look similar.
+// may be called "volume" or "merge", so that its layers' names look similar.
 func isStoreFile(name string) bool {
-	return slices.Contains([]string{recordFile, recordNew, volumeLock}, name)
+	return slices.Contains([]string{recordFile, recordNew, volumeLock, mergeLock}, name)
 }
 
 // removeLayer removes all files of a layer, if there are any. Nothing refers to it.
@@ -171,7 +191,7 @@ func (s *Store) removeVolumeDir(name string) error {
 	if err := syncDir(s.fs, volumeDir(name)); err != nil {
 		return err
 	}
-	for _, file := range []string{recordNew, recordFile, volumeLock} {
+	for _, file := range []string{recordNew, recordFile, mergeLock, volumeLock} {
 		if err := removeIfThere(s.fs, volumeFile(name, file)); err != nil {
 			return err
 		}
