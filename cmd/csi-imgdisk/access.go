@@ -60,6 +60,21 @@ func (a *access) openWith(ctx context.Context, path string, opts formats.OpenOpt
 	return &openedImage{img, at}, nil
 }
 
+// settleFormat finds an image's format out, if it was not given, for all times that its
+// server is started: a guest can write any header into a raw disk.
+func (a *access) settleFormat(at *location) error {
+	if a.format != "" {
+		_, err := formats.Lookup(a.format)
+		return err
+	}
+	format, err := formats.Probe(at.fs, at.name)
+	if err != nil {
+		return err
+	}
+	a.format = format.Name()
+	return nil
+}
+
 // explain adds what a person can do about an image that is in use.
 func (a *access) explain(err error) error {
 	if errors.Is(err, block.ErrLocked) {

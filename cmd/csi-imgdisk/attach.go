@@ -52,7 +52,7 @@ func attachImage(ctx context.Context, path string, how access, run runDir, readO
 		return supervisor.Attachment{}, err
 	}
 	defer at.close()
-	if _, err := at.fs.Stat(at.name); err != nil {
+	if err := how.settleFormat(at); err != nil {
 		return supervisor.Attachment{}, err
 	}
 	client, err := ensureSupervisor(ctx, run)

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -16,8 +17,9 @@ type remains struct {
 	mounts, processes, files []string
 }
 
-// survey looks for what a demo that used a temporary directory has left.
-func survey(t *testing.T, tmp string) remains {
+// survey looks for what a demo that used a temporary directory has left; before are the
+// run directories of others.
+func survey(t *testing.T, tmp string, before []string) remains {
 	t.Helper()
 	var r remains
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
@@ -29,26 +31,27 @@ func survey(t *testing.T, tmp string) remains {
 			r.mounts = append(r.mounts, line)
 		}
 	}
-	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, path := range files {
-		args, err := os.ReadFile(path)
-		if err == nil && bytes.HasPrefix(args, []byte(binary+"\x00")) {
-			r.processes = append(r.processes, string(bytes.ReplaceAll(args, []byte{0}, []byte{' '})))
-		}
-	}
+	r.processes = processesWith(t, "csi-imgdisk-demo-")
 	r.files, err = filepath.Glob(filepath.Join(tmp, "*"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	runDirs, err := filepath.Glob("/run/csi-imgdisk-demo-*")
+	for _, dir := range runDirs(t) {
+		if !slices.Contains(before, dir) {
+			r.files = append(r.files, dir)
+		}
+	}
+	return r
+}
+
+// runDirs lists the directories of demos' drivers.
+func runDirs(t *testing.T) []string {
+	t.Helper()
+	dirs, err := filepath.Glob("/run/csi-imgdisk-demo-*")
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.files = append(r.files, runDirs...)
-	return r
+	return dirs
 }
 
 func startDemo(t *testing.T, tmp string, args ...string) (*exec.Cmd, *bytes.Buffer) {
@@ -69,9 +72,9 @@ func startDemo(t *testing.T, tmp string, args ...string) (*exec.Cmd, *bytes.Buff
 	return cmd, &out
 }
 
-func checkNothingLeft(t *testing.T, tmp, out string) {
+func checkNothingLeft(t *testing.T, tmp string, before []string, out string) {
 	t.Helper()
-	r := survey(t, tmp)
+	r := survey(t, tmp, before)
 	if len(r.mounts)+len(r.processes)+len(r.files) > 0 {
 		t.Errorf("the demo left mounts %v, processes %v, files %v\n%s", r.mounts, r.processes, r.files, out)
 	}
@@ -79,7 +82,7 @@ func checkNothingLeft(t *testing.T, tmp, out string) {
 
 func TestDemo_WorksAndLeavesNothing(t *testing.T) {
 	needRoot(t)
-	tmp := t.TempDir()
+	tmp, before := t.TempDir(), runDirs(t)
 	cmd, out := startDemo(t, tmp)
 	if err := cmd.Wait(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -90,7 +93,7 @@ func TestDemo_WorksAndLeavesNothing(t *testing.T) {
 		}
 	}
 	t.Log(out)
-	checkNothingLeft(t, tmp, out.String())
+	checkNothingLeft(t, tmp, before, out.String())
 }
 
 func TestDemo_InterruptedAnywhere(t *testing.T) {
@@ -101,7 +104,7 @@ func TestDemo_InterruptedAnywhere(t *testing.T) {
 		rounds = 2
 	}
 	for range rounds {
-		tmp := t.TempDir()
+		tmp, before := t.TempDir(), runDirs(t)
 		cmd, out := startDemo(t, tmp)
 		after := time.Duration(r.Int64N(int64(4 * time.Second)))
 		time.Sleep(after)
@@ -113,7 +116,7 @@ func TestDemo_InterruptedAnywhere(t *testing.T) {
 			t.Errorf("interrupted after %v: %v\n%s", after, err, out)
 		}
 		t.Logf("interrupted after %v: %s", after, out.String()[max(0, out.Len()-300):])
-		checkNothingLeft(t, tmp, out.String())
+		checkNothingLeft(t, tmp, before, out.String())
 	}
 }
 
@@ -137,10 +140,11 @@ func TestDemo_OwnImage(t *testing.T) {
 	}
 	tool(t, mkfs, "-q", "-F", "-E", "offset=1048576", "-d", files, raw, "32M")
 	tool(t, qemuImg, "convert", "-f", "raw", "-O", "vmdk", raw, image)
-	before, err := os.ReadFile(image)
+	original, err := os.ReadFile(image)
 	if err != nil {
 		t.Fatal(err)
 	}
+	before := runDirs(t)
 	cmd, out := startDemo(t, tmp, "--image", image)
 	if err := cmd.Wait(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -148,8 +152,8 @@ func TestDemo_OwnImage(t *testing.T) {
 	if !strings.Contains(out.String(), "hello.txt, sha256 2cf24dba5fb0a30e") {
 		t.Errorf("the demo did not read the file:\n%s", out)
 	}
-	checkNothingLeft(t, tmp, out.String())
-	if after, err := os.ReadFile(image); err != nil || !bytes.Equal(before, after) {
+	checkNothingLeft(t, tmp, before, out.String())
+	if after, err := os.ReadFile(image); err != nil || !bytes.Equal(original, after) {
 		t.Errorf("the demo changed the image: %v", err)
 	}
 }
