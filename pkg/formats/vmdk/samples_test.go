@@ -171,3 +171,49 @@ func problems(t testing.TB, image *formats.Image) (all []engine.Problem) {
 	}
 	return all
 }
+
+// TestSamples_Write writes to the images that can be written, grows them, and has QEMU
+// judge.
+func TestSamples_Write(t *testing.T) {
+	dir := testenv.Samples(t)
+	for _, s := range readSamples(t, dir) {
+		if s.expect != "content" || strings.Contains(s.format, "streamOptimized") || strings.Contains(s.format, "seSparse") {
+			continue
+		}
+		t.Run(s.file, func(t *testing.T) {
+			r := testenv.Rand(t)
+			files := unpack(t, filepath.Join(dir, filepath.Dir(s.file)))
+			name := strings.TrimSuffix(filepath.Base(s.file), ".xz")
+			image := mustOpen(t, files, name, vfs.ReadWrite)
+			disk := readGuest(t, image)
+			scribble(t, r, image, disk, 30)
+			if !strings.Contains(s.format, "twoGb") {
+				const more = 3<<20 + 512
+				if err := image.Resize(int64(len(disk)) + more); err != nil {
+					t.Fatal(err)
+				}
+				disk = append(disk, make([]byte, more)...)
+				scribble(t, r, image, disk, 10)
+			}
+			if err := image.Close(); err != nil {
+				t.Fatal(err)
+			}
+			image = mustOpen(t, files, name, vfs.ReadOnly)
+			if !bytes.Equal(readGuest(t, image), disk) {
+				t.Error("the contents differ from what was written")
+			}
+			checkSound(t, image)
+			if out := qemuImg(t, files, "check", "-f", "vmdk", name); !strings.Contains(out, "No errors") {
+				t.Errorf("qemu-img check: %s", out)
+			}
+			qemuImg(t, files, "convert", "-f", "vmdk", "-O", "raw", name, "qemu.raw")
+			raw, err := os.ReadFile(filepath.Join(files, "qemu.raw"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(raw) != len(disk) || !bytes.Equal(raw[:len(disk)], disk) {
+				t.Error("QEMU reads other contents")
+			}
+		})
+	}
+}
