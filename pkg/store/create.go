@@ -75,12 +75,20 @@ func (s *Store) createVolume(ctx context.Context, req CreateVolumeRequest) (Reco
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return Record{}, err
 	}
+	if s.opts.FinishCreations {
+		return s.createInBackground(ctx, req)
+	}
+	return s.makeOnce(ctx, req)
+}
+
+// makeOnce makes a volume, unless somebody else has just done it.
+func (s *Store) makeOnce(ctx context.Context, req CreateVolumeRequest) (Record, error) {
 	lock, err := s.lockNewVolume(ctx, req.Name)
 	if err != nil {
 		return Record{}, fmt.Errorf("create volume %s: %w", req.Name, err)
 	}
 	defer lock.Unlock()
-	rec, err = s.readRecord(req.Name)
+	rec, err := s.readRecord(req.Name)
 	switch {
 	case err == nil && rec.Ready:
 		return rec, s.comparable(rec, req)

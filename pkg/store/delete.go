@@ -19,6 +19,9 @@ func (s *Store) DeleteVolume(ctx context.Context, name string) error {
 	if err := errors.Join(checkVolumeName(name), s.writable()); err != nil {
 		return err
 	}
+	if err := s.creations.stop(ctx, name); err != nil {
+		return fmt.Errorf("delete volume %s while it is being made: %w", name, err)
+	}
 	rec, err := s.markDeleted(ctx, name)
 	if errors.Is(err, block.ErrNotFound) {
 		return s.removeEmptyDir(ctx, name)

@@ -797,3 +797,77 @@ func TestMerge_RollingSnapshots(t *testing.T) {
 	expectClean(t, s)
 	deleteAll(t, s, m, "in the end")
 }
+
+// slowStore makes layers slowly, and says when it has begun.
+func slowStore(t *testing.T, m *vfs.Mem, opts store.Options) (s *store.Store, copying chan struct{}) {
+	t.Helper()
+	copying = make(chan struct{}, 1)
+	s, err := store.Open(t.Context(), "test", vfs.Inject(m, func(op vfs.Op) error {
+		if op.Kind == vfs.OpWrite && strings.HasSuffix(op.Name, ".vmdk") {
+			select {
+			case copying <- struct{}{}:
+			default:
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		return nil
+	}), opts)
+	must(t, err)
+	return s, copying
+}
+
+// A copy that takes longer than its caller waits is finished all the same in a service,
+// and removed elsewhere.
+func TestCreateVolume_CallerGoesAway(t *testing.T) {
+	req := store.CreateVolumeRequest{Name: "v", Source: store.Source{Image: "i.img", Mode: store.ImageCopy}}
+	for _, finish := range []bool{true, false} {
+		m := vfs.NewMem()
+		quick := openStore(t, m)
+		putImage(t, m, "i.img", "raw", 4*mib)
+		opts := fast
+		opts.FinishCreations = finish
+		s, copying := slowStore(t, m, opts)
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			<-copying
+			cancel()
+		}()
+		_, err := s.CreateVolume(ctx, req)
+		expectError(t, "the caller goes away", err, context.Canceled)
+		if !finish {
+			if files := tree(t, m, "volumes"); len(files) > 0 {
+				t.Errorf("left: %v", files)
+			}
+			continue
+		}
+		rec, err := s.CreateVolume(t.Context(), req)
+		must(t, err)
+		if again, err := quick.CreateVolume(t.Context(), req); err != nil || !again.Created.Equal(rec.Created) {
+			t.Errorf("made %+v and %+v, %v", rec, again, err)
+		}
+		expectGeneration(t, quick, "v", "", 9)
+		must(t, s.Close())
+	}
+}
+
+// Deleting a volume ends its creation.
+func TestDeleteVolume_BeingMade(t *testing.T) {
+	m := vfs.NewMem()
+	openStore(t, m)
+	putImage(t, m, "i.img", "raw", 4*mib)
+	opts := fast
+	opts.FinishCreations = true
+	s, copying := slowStore(t, m, opts)
+	made := make(chan error)
+	go func() {
+		_, err := s.CreateVolume(t.Context(), store.CreateVolumeRequest{Name: "v", Source: store.Source{Image: "i.img", Mode: store.ImageCopy}})
+		made <- err
+	}()
+	<-copying
+	must(t, s.DeleteVolume(t.Context(), "v"))
+	expectError(t, "its creation", <-made, context.Canceled)
+	if files := tree(t, m, "volumes"); len(files) > 0 {
+		t.Errorf("left: %v", files)
+	}
+	must(t, s.Close())
+}

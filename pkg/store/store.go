@@ -24,6 +24,10 @@ type Options struct {
 	// HolderWait is how long Attach and DeleteVolume wait for a previous holder of
 	// the volume to go: 20 s by default.
 	HolderWait time.Duration
+	// FinishCreations lets CreateVolume go on in the background when its context ends,
+	// for services: the same call again joins it, DeleteVolume and Close end it.
+	// Otherwise the end of the context ends the creation.
+	FinishCreations bool
 }
 
 const (
@@ -54,6 +58,8 @@ type Store struct {
 	fs    vfs.FS
 	opts  Options
 	locks locker
+
+	creations creations
 }
 
 // identity is store.json.
@@ -144,8 +150,12 @@ func (s *Store) ID() string { return s.id }
 // Usage returns the capacity of the file system the store lies on.
 func (s *Store) Usage() (vfs.Usage, error) { return s.fs.Usage() }
 
-// Close releases the store. Attached volumes stay attached, but carry out no more wishes.
-func (s *Store) Close() error { return s.fs.Close() }
+// Close ends what goes on in the background and releases the store. Volumes that are
+// attached must be closed before.
+func (s *Store) Close() error {
+	s.creations.stopAll()
+	return s.fs.Close()
+}
 
 // writable returns why the store cannot be changed, or nil.
 func (s *Store) writable() error {
