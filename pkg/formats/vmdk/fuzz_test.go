@@ -96,9 +96,9 @@ func useDamaged(t *testing.T, fsys *vfs.Mem, r *rand.Rand) {
 		useOnce(t, image, r, off, min(1+r.Int64N(32<<10), size-off))
 	}
 	if r.IntN(4) == 0 {
-		_ = image.Resize(size + 512*r.Int64N(10000)) //nolint:errcheck // may be refused
+		_ = image.Resize(size + 512*r.Int64N(10000)) // may be refused
 	}
-	_ = image.Close() //nolint:errcheck // a damaged image may fail to
+	_ = image.Close() // a damaged image may fail to
 	checkDamaged(t, fsys, vfs.ReadWrite)
 }
 
@@ -107,17 +107,17 @@ func useOnce(t *testing.T, image *formats.Image, r *rand.Rand, off, n int64) {
 	p := make([]byte, n)
 	switch r.IntN(8) {
 	case 0:
-		_ = image.WriteZeroes(off, n, 0) //nolint:errcheck // may be refused
+		_ = image.WriteZeroes(off, n, 0) // may be refused
 	case 1:
-		_ = image.Discard(off, n) //nolint:errcheck // may be refused
+		_ = image.Discard(off, n) // may be refused
 	case 2:
-		_ = image.Flush() //nolint:errcheck // may have been poisoned
+		_ = image.Flush() // may have been poisoned
 	case 3:
 		if e, err := image.Map(off, n); err == nil && (e.Len < 1 || e.Len > n) {
 			t.Errorf("Map(%d, %d) is %+v", off, n, e)
 		}
 	case 4, 5:
-		_, _ = image.ReadAt(p, off) //nolint:errcheck // may be refused
+		_, _ = image.ReadAt(p, off) // may be refused
 	default:
 		for i := range p {
 			p[i] = byte(r.Uint32())

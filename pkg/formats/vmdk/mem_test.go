@@ -137,16 +137,16 @@ func addFile(t testing.TB, fsys vfs.FS, name string, p []byte) {
 }
 
 // edit replaces text in an embedded descriptor, whose room is not exceeded.
-func edit(t testing.TB, fsys vfs.FS, name, old, new string) {
+func edit(t testing.TB, fsys vfs.FS, name, from, to string) {
 	t.Helper()
 	p := peek(t, fsys, name)
 	const room = 20 * 512
 	text, _, _ := strings.Cut(string(p[512:512+room]), "\x00")
-	if !strings.Contains(text, old) {
-		t.Fatalf("no %q in %q", old, text)
+	if !strings.Contains(text, from) {
+		t.Fatalf("no %q in %q", from, text)
 	}
 	edited := make([]byte, room)
-	copy(edited, strings.Replace(text, old, new, 1))
+	copy(edited, strings.Replace(text, from, to, 1))
 	poke(t, fsys, name, 512, edited...)
 }
 
