@@ -149,8 +149,11 @@ func (h *Host) Grow(device, path string) error {
 	if err == nil && need {
 		_, err = h.resizer.Resize(device, path)
 	}
-	if err != nil {
-		return fmt.Errorf("grow the file system of %s at %s: %w", device, path, oneLine(err))
+	if err == nil {
+		return nil
 	}
-	return nil
+	if strings.Contains(err.Error(), "Permission denied to resize") {
+		err = fmt.Errorf("the kernel grows a mounted ext4 only for who has CAP_SYS_RESOURCE: %w", err)
+	}
+	return fmt.Errorf("grow the file system of %s at %s: %w", device, path, oneLine(err))
 }
