@@ -89,21 +89,11 @@ func (o *openedImage) close() error {
 	return o.Close()
 }
 
+// release closes an image that was only read.
+func (o *openedImage) release() { _ = o.close() } // nothing can be lost
+
 // formatName returns the format of the image itself.
 func (o *openedImage) formatName() string { return o.Layers()[0].Format }
-
-// fileBytes returns the space that the image's own files take.
-func (o *openedImage) fileBytes() (int64, error) {
-	var sum int64
-	for _, f := range o.Layers()[0].Files {
-		n, err := f.AllocatedBytes()
-		if err != nil {
-			return 0, err
-		}
-		sum += n
-	}
-	return sum, nil
-}
 
 // hostPath returns the path of a file in the image's tree in the way the person named
 // the image: relative if that was.

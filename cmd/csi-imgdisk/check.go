@@ -31,6 +31,8 @@ type checkReport struct {
 	CheckErrors        int64    `json:"check-errors"`
 	Corruptions        int64    `json:"corruptions,omitempty"`
 	Leaks              int64    `json:"leaks,omitempty"`
+	CorruptionsFixed   int64    `json:"corruptions-fixed,omitempty"`
+	LeaksFixed         int64    `json:"leaks-fixed,omitempty"`
 	Filename           string   `json:"filename"`
 	Format             string   `json:"format"`
 	Problems           []string `json:"problems,omitempty"`
@@ -38,6 +40,7 @@ type checkReport struct {
 
 func newCheckCommand() *cobra.Command {
 	var how access
+	var repair bool
 	cmd := &cobra.Command{
 		Use:   "check FILE",
 		Short: "Examine all of an image's tables",
@@ -49,7 +52,7 @@ Exit codes: 0 nothing wrong, 1 the check could not be completed, 2 the image is 
 nothing to check.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			report, err := check(cmd.Context(), how, args[0])
+			report, err := check(cmd.Context(), how, args[0], repair)
 			if err != nil {
 				return err
 			}
@@ -60,23 +63,22 @@ nothing to check.`,
 		},
 	}
 	how.addFlags(cmd)
+	cmd.Flags().BoolVar(&repair, "repair", false, "fix what can be fixed without touching good data, and give lost space back")
 	return cmd
 }
 
-func check(ctx context.Context, how access, path string) (checkReport, error) {
-	img, err := how.openWith(ctx, path, formats.OpenOptions{
-		Format: how.format, Mode: vfs.ReadOnly, NoLock: how.forceShare, NoParents: true,
-	})
+func check(ctx context.Context, how access, path string, repair bool) (checkReport, error) {
+	layer, err := how.openLayer(path, repair)
 	if err != nil {
 		return checkReport{}, err
 	}
-	defer img.close()
-	unchecked := &exitError{checkUnsupported, fmt.Errorf("a %s image has nothing to check", img.formatName())}
-	if format, err := formats.Lookup(img.formatName()); err == nil && format.Options().MaxClusterBytes == 0 {
+	defer layer.close()
+	unchecked := &exitError{checkUnsupported, fmt.Errorf("a %s image has nothing to check", layer.Format)}
+	if layer.hasNoTables {
 		return checkReport{}, unchecked
 	}
 	progress, end := startProgress("checking")
-	result, err := img.Layers()[0].Codec.Check(ctx, nil, progress)
+	result, err := engine.Check(ctx, layer.Layer, repair, progress)
 	end()
 	switch {
 	case errors.Is(err, block.ErrUnsupported):
@@ -84,7 +86,53 @@ func check(ctx context.Context, how access, path string) (checkReport, error) {
 	case err != nil:
 		return checkReport{}, &exitError{checkFailed, err}
 	}
-	return newCheckReport(path, img.formatName(), result), nil
+	return newCheckReport(path, layer.Format, result), nil
+}
+
+// openedLayer is one image opened by itself, for looking at its tables.
+type openedLayer struct {
+	*engine.Layer
+	at          *location
+	hasNoTables bool // of its format
+}
+
+func (l *openedLayer) close() {
+	_ = l.Layer.Close() // repairs were synced when they were made
+	l.at.close()
+}
+
+// openLayer opens an image without what it stands on, for writing if it is to be
+// repaired.
+func (a *access) openLayer(path string, write bool) (*openedLayer, error) {
+	at, err := locate(path, a.root)
+	if err != nil {
+		return nil, err
+	}
+	layer, err := a.openLayerAt(at, write)
+	if err != nil {
+		at.close()
+		return nil, a.explain(at.explain(err))
+	}
+	return layer, nil
+}
+
+func (a *access) openLayerAt(at *location, write bool) (*openedLayer, error) {
+	if err := a.settleFormat(at); err != nil {
+		return nil, err
+	}
+	format, err := formats.Lookup(a.format)
+	if err != nil {
+		return nil, err
+	}
+	req := formats.OpenRequest{FS: at.fs, Name: at.name, Mode: vfs.ReadOnly, NoLock: a.forceShare && !write}
+	if write {
+		req.Mode = vfs.ReadWrite
+	}
+	layer, err := format.Open(req)
+	if err != nil {
+		return nil, err
+	}
+	return &openedLayer{layer, at, format.Options().MaxClusterBytes == 0}, nil
 }
 
 func newCheckReport(path, format string, result engine.CheckResult) checkReport {
@@ -92,10 +140,14 @@ func newCheckReport(path, format string, result engine.CheckResult) checkReport 
 		ImageEndOffset: result.ImageEndOffset, TotalClusters: result.TotalClusters,
 		AllocatedClusters: result.AllocatedCount, FragmentedClusters: result.Fragmented,
 		CompressedClusters: result.Compressed, Corruptions: result.Corruptions,
-		Leaks: result.Leaks, Filename: path, Format: format,
+		Leaks: result.Leaks, CorruptionsFixed: result.FixedProblems, LeaksFixed: result.FixedLeaks, Filename: path, Format: format,
 	}
 	for _, problem := range result.Problems {
-		report.Problems = append(report.Problems, problem.Text)
+		text := problem.Text
+		if problem.Fixed {
+			text += " (fixed)"
+		}
+		report.Problems = append(report.Problems, text)
 	}
 	return report
 }
@@ -111,6 +163,9 @@ func (r *checkReport) print(p *printer) {
 		p.line("%s has %d leaks: space that nothing refers to; its data is good", r.Filename, r.Leaks)
 	default:
 		p.line("%s is good", r.Filename)
+	}
+	if r.CorruptionsFixed+r.LeaksFixed > 0 {
+		p.line("fixed: %d problems, %d leaks", r.CorruptionsFixed, r.LeaksFixed)
 	}
 	if r.TotalClusters > 0 {
 		p.line("%d of %d clusters allocated (%.1f %%), %d compressed",

@@ -65,12 +65,12 @@ func compare(ctx context.Context, a, b access, paths []string, strict bool) (for
 	if err != nil {
 		return formats.Difference{}, &exitError{compareOpenFailed, err}
 	}
-	defer first.close()
+	defer first.release()
 	second, err := b.open(ctx, paths[1], vfs.ReadOnly)
 	if err != nil {
 		return formats.Difference{}, &exitError{compareOpenFailed, err}
 	}
-	defer second.close()
+	defer second.release()
 	progress, end := startProgress("comparing")
 	d, err := formats.Compare(ctx, first, second, strict, progress)
 	end()

@@ -56,7 +56,7 @@ func convert(ctx context.Context, how access, s shape, source, target, targetRoo
 	if err != nil {
 		return conversion{}, err
 	}
-	defer src.close()
+	defer src.release()
 	at, err := locate(target, targetRoot)
 	if err != nil {
 		return conversion{}, err

@@ -145,7 +145,7 @@ func create(ctx context.Context, at *location, format formats.Format, req format
 	if err != nil {
 		return err
 	}
-	defer img.Close()
+	defer func() { _ = img.Close() }() // it was only read
 	if size := img.Info().SizeBytes; req.SizeBytes != 0 && req.SizeBytes < size {
 		return fmt.Errorf("size %d: %w: the parent has %d bytes, an overlay cannot have fewer", req.SizeBytes, block.ErrInvalid, size)
 	}

@@ -247,3 +247,26 @@ func TestLocate_FindsTheStore(t *testing.T) {
 		t.Error("a file outside of the root is accepted")
 	}
 }
+
+func TestCheck_Repairs(t *testing.T) {
+	base, _ := chain(t)
+	f, err := os.OpenFile(base, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write(make([]byte, 256<<10)); err != nil { // grains that nothing refers to
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if r := run(t, "image", "check", base); r.code != checkLeaks {
+		t.Errorf("check of an image with lost space: code %d, want %d: %s%s", r.code, checkLeaks, r.stdout, r.stderr)
+	}
+	report := decode[checkReport](t, ok(t, "image", "check", "--repair", "-o", "json", base))
+	if report.LeaksFixed != 4 || report.Leaks != 0 {
+		t.Errorf("repair: %+v", report)
+	}
+	ok(t, "image", "check", base)
+	tool(t, "qemu-img", "check", base)
+}

@@ -80,7 +80,7 @@ func describeChain(ctx context.Context, how access, path string, chain bool) ([]
 	if err != nil {
 		return nil, err
 	}
-	defer img.close()
+	defer img.release()
 	var infos []imageInfo
 	for _, layer := range img.Layers() {
 		info, err := describe(img, layer, path)

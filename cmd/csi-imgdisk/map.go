@@ -38,7 +38,7 @@ listed, too.`,
 			if err != nil {
 				return err
 			}
-			defer img.close()
+			defer img.release()
 			entries, err := mapImage(img, args[0])
 			if err != nil {
 				return err

@@ -211,6 +211,6 @@ func (s *stores) collect(ctx context.Context) {
 
 func (s *stores) close() {
 	for _, opened := range s.opened {
-		opened.Close()
+		_ = opened.Close() // volumes are other processes'
 	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -51,8 +52,7 @@ func withStore(ctx context.Context, path string, opts store.Options, use func(*o
 	if err != nil {
 		return err
 	}
-	defer s.Close()
-	return use(s)
+	return errors.Join(use(s), s.Close())
 }
 
 func newStoreInitCommand() *cobra.Command {

@@ -46,7 +46,7 @@ func (d *demo) placeImage(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer img.Close()
+	defer func() { _ = img.Close() }() // it was only read
 	layers := img.Layers()
 	for _, layer := range layers {
 		for _, f := range layer.Files {
