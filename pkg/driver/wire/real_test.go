@@ -89,7 +89,9 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	w.command("store", "init", w.path("store"))
-	w.start()
+	if err := w.start(); err != nil {
+		t.Fatal(err)
+	}
 	w.connect()
 	return w
 }
@@ -108,21 +110,21 @@ func (w *world) command(args ...string) string {
 }
 
 // start starts the driver; its log is in a file.
-func (w *world) start() {
-	w.t.Helper()
+func (w *world) start() error {
 	log, err := os.OpenFile(w.path("driver.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
-		w.t.Fatal(err)
+		return err
 	}
 	defer log.Close()
 	w.proc = exec.Command(w.binary, "standalone", "--endpoint", w.endpoint(), "--node-id", nodeID,
 		"--store", storeName+"="+w.path("store"), "--run-dir", w.path("run"))
 	w.proc.Stdout, w.proc.Stderr = log, log
 	if err := w.proc.Start(); err != nil {
-		w.t.Fatal(err)
+		return err
 	}
 	w.ended = make(chan error, 1)
 	go func(proc *exec.Cmd, ended chan error) { ended <- proc.Wait() }(w.proc, w.ended)
+	return nil
 }
 
 // kill ends the driver as a crash would.
@@ -170,7 +172,7 @@ func (w *world) in(t *testing.T) (restore func()) {
 // cleanUp checks that nothing is left, removes what is, and ends the driver.
 func (w *world) cleanUp() {
 	w.removeDevices()
-	if w.proc != nil {
+	if w.ended != nil {
 		if err := w.proc.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 			w.t.Errorf("stop the driver: %v", err)
 		}
