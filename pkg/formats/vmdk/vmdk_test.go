@@ -37,3 +37,5 @@ func factories() []formattest.Factory {
 }
 
 func TestConformance(t *testing.T) { formattest.Run(t, factories()...) }
+
+func TestKillProcess(t *testing.T) { formattest.KillProcess(t, factories()[0]) }
