@@ -524,6 +524,32 @@ func TestServeConn_SlowDevice(t *testing.T) {
 	}
 }
 
+// TestServeConn_SlowDeviceIsKnown: once a device is known to be slow, workers wake one
+// another; it doesn't take the watch.
+func TestServeConn_SlowDeviceIsKnown(t *testing.T) {
+	dev := newMemDevice(mib)
+	g := newGate(t)
+	dev.before = func(string, int64, int64) error { g.wait(); return nil }
+	const workers = 8
+	s := NewServer(dev, Options{Workers: workers})
+	s.stopWatch = make(chan struct{}) // as if it ran
+	for range 20 {
+		s.pace.took(paceRead, time.Millisecond)
+	}
+	c, _ := pipeClient(t, s)
+	requests := make([]command, workers-1)
+	for i := range requests {
+		requests[i] = command{cmd: cmdRead, n: 1}
+	}
+	c.sendAll(requests...)
+	for range requests {
+		<-g.entered
+	}
+	c.send(cmdRead, 0, 5, 1, nil) // received by the last worker
+	<-g.entered
+	g.open()
+}
+
 // TestServeConn_OneStuckRequest: a device that suddenly doesn't answer one request goes
 // on answering the others, those received with it included.
 func TestServeConn_OneStuckRequest(t *testing.T) {
@@ -556,6 +582,28 @@ func TestServeConn_OneStuckRequest(t *testing.T) {
 	g.open()
 	if a, err := c.receive(); err != nil || a.cookie != stuck {
 		t.Errorf("reply to %d (%v), want to %d", a.cookie, err, stuck)
+	}
+}
+
+// TestServeConn_PeerPauses: while a client doesn't read its replies, the server does
+// nothing at all; when it reads on, all replies come.
+func TestServeConn_PeerPauses(t *testing.T) {
+	s := NewServer(newMemDevice(32*mib), Options{})
+	c, _ := pipeClient(t, s)
+	const count = 200
+	for i := range count {
+		c.send(cmdRead, 0, int64(i)*1000, mib, nil)
+	}
+	if !eventually(s.watch.asleep.Load) {
+		t.Fatal("the watch never falls asleep")
+	}
+	if n := s.Stats().InFlight; n < 30 {
+		t.Errorf("%d requests in flight, want as many as there is memory for", n)
+	}
+	for len(c.sent) > 0 {
+		if a, err := c.receive(); err != nil || a.errno != 0 {
+			t.Fatalf("reply: %v %v", err, a.errno)
+		}
 	}
 }
 
@@ -595,6 +643,28 @@ func TestServeConn_BoundedMemory(t *testing.T) {
 			t.Errorf("%d granules in use afterwards, %d bytes mapped", conn.arena.used, len(conn.arena.mem))
 		}
 		conn.mu.Unlock()
+	}
+}
+
+// TestServeConn_WriteWaitsForMemory: a write that finds none goes on when there is some,
+// whether anything else arrives or not.
+func TestServeConn_WriteWaitsForMemory(t *testing.T) {
+	dev := newMemDevice(64 * mib)
+	g := newGate(t)
+	dev.before = func(string, int64, int64) error { g.wait(); return nil }
+	c, _ := pipeClient(t, NewServer(dev, Options{BufferBytes: MinBufferBytes}))
+	data := make([]byte, maxPayloadBytes)
+	c.send(cmdWrite, 0, 0, len(data), data)
+	<-g.entered
+	go func() {
+		time.Sleep(50 * time.Millisecond)
+		g.open()
+	}()
+	c.send(cmdWrite, 0, maxPayloadBytes, 2*smallBytes, data[:2*smallBytes])
+	for range 2 {
+		if a, err := c.receive(); err != nil || a.errno != 0 {
+			t.Fatalf("reply: %v %v", err, a.errno)
+		}
 	}
 }
 

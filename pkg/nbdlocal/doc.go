@@ -10,17 +10,18 @@
 //   - server.go: [Server], what callers see
 //   - handshake.go: how a foreign client gets to the transmission phase
 //   - conn.go: one connection and its workers, the heart of it
-//   - receive.go: bytes to requests; reply.go: requests to bytes
+//   - receive.go: from bytes to requests; reply.go, send.go: from requests to bytes
 //   - request.go: one request: is it acceptable, and carrying it out
 //   - ranges.go: the order of overlapping writes
 //   - pace.go: whether a device answers at once or keeps a thread waiting
 //   - watch.go: what happens when it suddenly doesn't answer
 //   - arena.go: buffers outside the garbage collector's reach
 //   - socket.go, futex.go: system calls
+//   - stats.go: counters
 //
 // # How a connection works
 //
-// A connection has a fixed number of workers, threads that are interchangeable. Each
+// A connection has up to a fixed number of workers, threads that are interchangeable. Each
 // looks for the most urgent thing there is to do: send replies, carry out a request,
 // receive more requests; and sleeps when there is none. One at a time receives, and
 // takes all the requests that one system call yields; one at a time sends, and sends

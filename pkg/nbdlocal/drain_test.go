@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -14,52 +15,77 @@ import (
 // TestDrain_StopsBetweenMessages: a message that has begun to arrive is taken whole and
 // answered, and not a byte of the next one is read: a successor goes on with it.
 func TestDrain_StopsBetweenMessages(t *testing.T) {
-	dev := newMemDevice(mib)
-	s := NewServer(dev, Options{})
-	server, conn := socketPair(t)
-	result := make(chan error, 1)
-	go func() { result <- s.ServeConn(context.Background(), server) }()
-	c := newClient(t, conn)
-	c.write(0, []byte("warm"))
+	for _, tc := range []struct {
+		name string
+		off  int64
+		want syscall.Errno
+	}{{"write", 10, 0}, {"refused write", mib, syscall.ENOSPC}} {
+		t.Run(tc.name, func(t *testing.T) {
+			dev := newMemDevice(mib)
+			s := NewServer(dev, Options{})
+			server, conn := socketPair(t)
+			result := make(chan error, 1)
+			go func() { result <- s.ServeConn(context.Background(), server) }()
+			c := newClient(t, conn)
+			c.write(10, []byte("B"))
 
-	message := append(requestHeader(cmdWrite, 0, 50, 10, 1000), make([]byte, 1000)...)
-	message[requestBytes] = 'A'
-	c.sent[50] = command{cmd: cmdWrite, n: 1000}
-	drained := make(chan error, 1)
-	parts := [][]byte{message[:10], message[10:40], message[40:600], message[600:]}
-	for i, part := range parts {
-		if _, err := conn.Write(part); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(30 * time.Millisecond)
-		if i == 0 {
-			go func() { drained <- s.Drain(context.Background()) }()
-			time.Sleep(30 * time.Millisecond)
-		}
+			messages := append(requestHeader(cmdWrite, 0, 50, tc.off, 1000), make([]byte, 1000)...)
+			messages[requestBytes] = 'A'
+			messages = append(messages, requestHeader(cmdRead, 0, 51, 10, 1)...)
+			c.sent[50] = command{cmd: cmdWrite, n: 1000}
+			c.sent[51] = command{cmd: cmdRead, n: 1}
+			drained := make(chan error, 1)
+			last := len(messages) - requestBytes/2 // half of the next message's header stays behind
+			for i, part := range [][]byte{messages[:10], messages[10:40], messages[40:600], messages[600:last]} {
+				if _, err := conn.Write(part); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(30 * time.Millisecond)
+				if i == 0 {
+					go func() { drained <- s.Drain(context.Background()) }()
+					time.Sleep(30 * time.Millisecond)
+				}
+			}
+			if a, err := c.receive(); err != nil || a.errno != tc.want || a.cookie != 50 {
+				t.Fatalf("reply: %+v, %v", a, err)
+			}
+			if err := errors.Join(<-drained, <-result); err != nil {
+				t.Error(err)
+			}
+			want := dev.snapshot(10, 1)[0]
+			if (want == 'A') != (tc.want == 0) {
+				t.Errorf("the device holds %q", want)
+			}
+
+			next := NewServer(dev, Options{})
+			go func() { result <- next.ServeConn(context.Background(), server) }()
+			if _, err := conn.Write(messages[last:]); err != nil {
+				t.Fatal(err)
+			}
+			if a, err := c.receive(); err != nil || a.cookie != 51 || a.data[0] != want {
+				t.Errorf("the successor's reply: %+v, %v", a, err)
+			}
+			c.send(cmdDisc, 0, 0, 0, nil)
+			if err := <-result; err != nil {
+				t.Errorf("the successor's ServeConn: %v", err)
+			}
+		})
 	}
-	if a, err := c.receive(); err != nil || a.errno != 0 || a.cookie != 50 {
-		t.Fatalf("reply: %+v, %v", a, err)
-	}
-	if err := <-drained; err != nil {
-		t.Errorf("drain: %v", err)
-	}
-	if err := <-result; err != nil {
+}
+
+// TestServeConn_LeftoversAreDropped: a successor that finds requests in a socket that the
+// kernel has given up must not carry them out.
+func TestServeConn_LeftoversAreDropped(t *testing.T) {
+	dev := newMemDevice(mib)
+	server, conn := socketPair(t)
+	c := newClient(t, conn)
+	c.send(cmdWrite, 0, 0, 3, []byte("old"))
+	_ = conn.Close()
+	if err := NewServer(dev, Options{}).ServeConn(context.Background(), server); err != nil {
 		t.Errorf("ServeConn: %v", err)
 	}
-	if got := dev.snapshot(10, 1)[0]; got != 'A' {
-		t.Errorf("the device holds %q, want 'A'", got)
-	}
-
-	// A successor takes over the same socket, with what was sent meanwhile.
-	cookie := c.send(cmdRead, 0, 10, 1, nil)
-	next := NewServer(dev, Options{})
-	go func() { result <- next.ServeConn(context.Background(), server) }()
-	if a, err := c.receive(); err != nil || a.cookie != cookie || a.data[0] != 'A' {
-		t.Errorf("the successor's reply: %+v, %v", a, err)
-	}
-	c.send(cmdDisc, 0, 0, 0, nil)
-	if err := <-result; err != nil {
-		t.Errorf("the successor's ServeConn: %v", err)
+	if got := dev.snapshot(0, 3); string(got) == "old" {
+		t.Error("a write was carried out that the kernel may have sent elsewhere since")
 	}
 }
 

@@ -157,28 +157,33 @@ func TestHandshake_ContextsAreForOneExport(t *testing.T) {
 // TestHandshake_HungUpOn lists what ends a connection.
 func TestHandshake_HungUpOn(t *testing.T) {
 	greeting := []byte{0, 0, 0, flagFixedNewstyle}
-	for name, send := range map[string][]byte{
-		"unknown client flag":  {0, 0, 0, 8},
-		"garbage":              append(slices.Clone(greeting), bytes.Repeat([]byte("garbage!"), 100)...),
-		"an option of 4 GiB":   append(slices.Clone(greeting), "IHAVEOPT\x00\x00\x00\x06\xff\xff\xff\xff"...),
-		"another export":       append(slices.Clone(greeting), optionBytes(optExportName, []byte("other"))...),
-		"name too long":        append(slices.Clone(greeting), optionBytes(optExportName, make([]byte, maxOptionBytes+1))...),
-		"nothing at all, late": nil,
-		"half an option, late": append(slices.Clone(greeting), optionBytes(optInfo, infoData(""))[:20]...),
+	after := func(options ...byte) []byte { return append(slices.Clone(greeting), options...) }
+	for _, tc := range []struct {
+		name    string
+		send    []byte
+		problem string
+	}{
+		{"unknown client flag", []byte{0, 0, 0, 8}, "client flags"},
+		{"garbage", after(bytes.Repeat([]byte("garbage!"), 100)...), "option begins with"},
+		{"an option of 4 GiB", after([]byte("IHAVEOPT\x00\x00\x00\x06\xff\xff\xff\xff")...), "want at most"},
+		{"another export", after(optionBytes(optExportName, []byte("other"))...), "not known"},
+		{"name too long", after(optionBytes(optExportName, make([]byte, maxOptionBytes+1))...), "more than"},
+		{"nothing at all, late", nil, "i/o timeout"},
+		{"half an option, late", after(optionBytes(optInfo, infoData(""))[:20]...), "i/o timeout"},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			problems := make(chan error, 1)
 			c, _ := unixClient(t, NewServer(newMemDevice(mib), Options{
 				HandshakeTimeout: 200 * time.Millisecond,
 				ClientError:      func(err error) { problems <- err },
 			}))
-			_, _ = c.conn.Write(send)
+			_, _ = c.conn.Write(tc.send)
 			if _, err := io.Copy(io.Discard, c.conn); errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Error("the server didn't hang up")
 			}
-			if err := <-problems; err == nil {
-				t.Error("no problem reported")
+			if err := <-problems; !strings.Contains(err.Error(), tc.problem) {
+				t.Errorf("problem %q, want one about %q", err, tc.problem)
 			}
 		})
 	}

@@ -30,6 +30,9 @@ const (
 	// staleAfter is shorter than any timeout after which the kernel sends a request
 	// again (whole seconds).
 	staleAfter = 500 * time.Millisecond
+	// never is a time before the process started: what lies in a socket that a
+	// predecessor left may be of any age.
+	never = -1000 * time.Hour
 	// idleMillis is after how long without a request the buffers' memory is given
 	// back.
 	idleMillis = 1000
@@ -317,6 +320,6 @@ func (c *conn) trim() {
 	defer c.mu.Unlock()
 	if c.inFlight() == 0 && rx.start == rx.end {
 		c.arena.trim()
+		rx.touched = false
 	}
-	rx.touched = false
 }

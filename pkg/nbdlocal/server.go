@@ -289,7 +289,11 @@ func (s *Server) serveClient(ctx context.Context, client net.Conn) {
 	agreed, err := s.shakeHands(ctx, client)
 	var sock socket
 	if err == nil {
-		sock, err = adoptSocket(client.(syscall.Conn))
+		if plain, ok := client.(syscall.Conn); ok {
+			sock, err = adoptSocket(plain)
+		} else {
+			err = fmt.Errorf("connection of type %T: %w: want a plain socket", client, block.ErrUnsupported)
+		}
 	}
 	s.mu.Lock()
 	delete(s.greeting, client)

@@ -7,7 +7,7 @@ import (
 
 // watch looks after connections whose device was expected to answer at once and
 // doesn't: it wakes another worker for what else there is to do. It runs only while
-// there are requests.
+// requests come and go.
 type watch struct {
 	asleep atomic.Bool
 	alarm  chan struct{}
@@ -15,7 +15,7 @@ type watch struct {
 
 const (
 	watchInterval = 2 * time.Millisecond
-	// watchPatience is for how many intervals without a request the watch goes on,
+	// watchPatience is for how many intervals in which nothing happens the watch goes on,
 	// so that a steady trickle doesn't wake it each time.
 	watchPatience = 50
 )
@@ -62,7 +62,7 @@ func (w *watch) run(s *Server, stop <-chan struct{}) {
 	}
 }
 
-// nudgeAll nudges every connection. It reports whether any request is in flight.
+// nudgeAll nudges every connection. It reports whether anything happens on any.
 func (s *Server) nudgeAll() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -74,19 +74,20 @@ func (s *Server) nudgeAll() bool {
 }
 
 // nudge wakes a worker if there has been something to do since the last nudge and
-// nothing was done. It reports whether any request is in flight.
+// nothing was done. It reports whether anything was done, or is now.
 func (c *conn) nudge() bool {
 	c.mu.Lock()
-	waiting := c.ready.head != nil || c.done.head != nil && !c.sending || !c.receiving && !c.ended && !c.stalled
+	moved := c.progress != c.nudged
+	c.nudged = c.progress
+	waiting := c.ready.head != nil && !c.starved || c.done.head != nil && !c.sending || !c.receiving && !c.ended && !c.stalled
+	able := len(c.idle) > 0 || c.workers < c.server.opts.Workers
 	var help *sleeper
-	if waiting && c.progress == c.nudged {
+	if waiting && able && !moved {
 		help = c.helper()
 	}
-	c.nudged = c.progress
-	busy := c.inFlight() > 0
 	c.mu.Unlock()
 	if help != nil {
 		help.wake()
 	}
-	return busy
+	return moved || waiting && able
 }
