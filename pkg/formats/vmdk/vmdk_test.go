@@ -24,9 +24,15 @@ func factories() []formattest.Factory {
 			Overlay: &formats.CreateRequest{ClusterBytes: 8 << 10},
 		},
 		{
-			Name: "zeroed-grain", Format: vmdk.Format{}, QEMU: "vmdk",
+			Name: "zeroed-grain", Format: lazyTables{}, QEMU: "vmdk",
 			Create:  formats.CreateRequest{ClusterBytes: 8 << 10, Extra: zeroed},
 			Overlay: &formats.CreateRequest{ClusterBytes: 4 << 10, Extra: zeroed},
+		},
+		{
+			// QEMU reads past the end of an extent that ends within a grain.
+			Name: "split", Format: split{}, CannotGrow: true,
+			Create:  formats.CreateRequest{ClusterBytes: 4 << 10},
+			Overlay: &formats.CreateRequest{ClusterBytes: 4 << 10},
 		},
 		{
 			Name: "flat", Format: vmdk.Format{}, QEMU: "vmdk", SizeBytes: 320<<10 + 5*512,
