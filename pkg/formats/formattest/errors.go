@@ -270,8 +270,8 @@ func checkFailedCreate(mem *vfs.Mem, made *rig, err error, how failure) error {
 		return fmt.Errorf("the error does not say why (%w): %w", how.errno, err)
 	}
 	left, readErr := mem.ReadDir(".")
-	if readErr != nil || len(left) > 0 {
-		return fmt.Errorf("a failed create left %v %w", left, readErr)
+	if len(left) > 0 {
+		return fmt.Errorf("a failed create left %v", left)
 	}
-	return nil
+	return readErr
 }

@@ -60,6 +60,7 @@ var parts = []struct {
 	{"Concurrent", testConcurrent},
 	{"Bounds", testBounds},
 	{"Grow", testGrow},
+	{"Reuse", testReuse},
 	{"Locks", testLocks},
 	{"FullStore", testFullStore},
 	{"Hostile", testHostile},

@@ -112,6 +112,19 @@ func (h *hostile) findMetadata() {
 	}
 }
 
+// pickPlace returns a byte to spoil: most damage is done at the beginning of files, where
+// headers are, and in what the format wrote.
+func (h *hostile) pickPlace() bytePlace {
+	name := h.names[h.r.IntN(len(h.names))]
+	switch size := len(h.intact[name]); h.r.IntN(3) {
+	case 0:
+		return bytePlace{name, h.r.IntN(min(size, 512))}
+	case 1:
+		return bytePlace{name, h.r.IntN(min(size, 4096))}
+	}
+	return h.metadata[h.r.IntN(len(h.metadata))]
+}
+
 // damaged returns files that are damaged in some way, and in which.
 func (h *hostile) damaged(i int) (map[string][]byte, string) {
 	files := maps.Clone(h.intact)
@@ -126,7 +139,7 @@ func (h *hostile) damaged(i int) (map[string][]byte, string) {
 	}
 	what := ""
 	for range 1 + h.r.IntN(3) {
-		place := h.metadata[h.r.IntN(len(h.metadata))]
+		place := h.pickPlace()
 		b := bytes.Clone(files[place.file])
 		what += fmt.Sprintf("%s at %#x: %s; ", place.file, place.off, h.spoil(b, place.off))
 		files[place.file] = b

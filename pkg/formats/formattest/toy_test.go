@@ -37,25 +37,19 @@ const (
 	toyZero   = 1
 )
 
-func (toy) Name() string                    { return "toy" }
-func (toy) Probe(head []byte, _ int64) bool { return len(head) >= 8 && string(head[:8]) == toyMagic }
-func (b toyBug) is(name string) bool        { return string(b) == name }
-func toyEntryOff(index int64) int64         { return toyTableOff + 8*index }
-func toyDataStart(entries int64) int64      { return toyAlign(toyEntryOff(entries)) }
-func toyAlign(n int64) int64                { return (n + toyClusterBytes - 1) / toyClusterBytes * toyClusterBytes }
+func (b toyBug) is(name string) bool { return string(b) == name }
+
+func toyEntryOff(index int64) int64    { return toyTableOff + 8*index }
+func toyDataStart(entries int64) int64 { return toyAlign(toyEntryOff(entries)) }
+func toyAlign(n int64) int64           { return (n + toyClusterBytes - 1) / toyClusterBytes * toyClusterBytes }
+
 func toyWrong(format string, args ...any) error {
-	return fmt.Errorf("toy: %w: "+format, append([]any{block.ErrCorrupt}, args...)...)
+	return fmt.Errorf("toy: %w: %w", block.ErrCorrupt, fmt.Errorf(format, args...))
 }
-func (c *toyCodec) Geometry() engine.Geometry {
-	return engine.Geometry{SizeBytes: c.h.size, ClusterBytes: toyClusterBytes, LogicalBlockBytes: 512, ZeroState: true}
-}
-func (c *toyCodec) Describe() engine.Description { return engine.Description{} }
-func (c *toyCodec) Close() error                 { return nil }
-func (c *toyCodec) Identity() []byte             { return binary.LittleEndian.AppendUint64(nil, c.h.changes) }
-func (c *toyCodec) Granule(off int64) (int64, int64) {
-	start := off / toyClusterBytes * toyClusterBytes
-	return start, start + toyClusterBytes
-}
+
+func (toy) Name() string { return "toy" }
+
+func (toy) Probe(head []byte, _ int64) bool { return len(head) >= 8 && string(head[:8]) == toyMagic }
 
 func (toy) Options() formats.Options {
 	return formats.Options{
@@ -64,6 +58,8 @@ func (toy) Options() formats.Options {
 		MaxSizeBytes: toyMaxBytes, SizeMultiple: 512,
 	}
 }
+
+var toyWaste []byte // keeps what a bug allocates
 
 type toyHeader struct {
 	size, entries int64
@@ -111,9 +107,6 @@ func (f toy) Create(_ context.Context, req formats.CreateRequest) error {
 		return err
 	}
 	err = file.Truncate(toyDataStart(h.entries))
-	if err == nil && !f.bug.is("header before length is durable") {
-		err = file.Sync() // the length before the header: a file with a header is whole
-	}
 	if err == nil {
 		_, err = file.WriteAt(h.marshal(), 0)
 	}
@@ -162,20 +155,24 @@ func (f toy) fill(l *engine.Layer, file vfs.File, req formats.OpenRequest) error
 	if _, err := file.ReadAt(head, 0); err != nil {
 		return err
 	}
+	if len(head) == 512 && f.bug.is("header decides about memory") {
+		claimed := binary.LittleEndian.Uint64(head[24:]) // not checked yet
+		toyWaste = make([]byte, 8*min(claimed, 1<<25))
+	}
 	h, err := parseToyHeader(head)
 	if err != nil {
 		return err
 	}
-	if size < toyDataStart(h.entries) && !f.bug.is("short file accepted") {
+	if size < toyDataStart(h.entries) {
 		return toyWrong("%s is %d bytes long", req.Name, size)
 	}
-	if f.bug.is("header bounds memory") {
-		_ = make([]byte, binary.LittleEndian.Uint64(head[40:])%(1<<32))
+	if size%toyClusterBytes != 0 && f.bug.is("odd length is refused") {
+		return toyWrong("%s is %d bytes long", req.Name, size)
 	}
 	c := &toyCodec{bug: f.bug, l: l, h: h, file: file}
 	c.space = engine.NewSpace(file, 0, size, toyClusterBytes, 0)
 	l.Codec = c
-	if h.parent != "" {
+	if h.parent != "" && !f.bug.is("parent is ignored") {
 		name, err := vfs.Resolve(req.Name, h.parent)
 		if err != nil {
 			return err
@@ -192,6 +189,19 @@ type toyCodec struct {
 	h     toyHeader
 	space *engine.Space
 }
+
+func (c *toyCodec) Geometry() engine.Geometry {
+	return engine.Geometry{SizeBytes: c.h.size, ClusterBytes: toyClusterBytes, LogicalBlockBytes: 512, ZeroState: true}
+}
+
+func (c *toyCodec) Granule(off int64) (start, end int64) {
+	start = off / toyClusterBytes * toyClusterBytes
+	return start, start + toyClusterBytes
+}
+
+func (c *toyCodec) Identity() []byte             { return binary.LittleEndian.AppendUint64(nil, c.h.changes) }
+func (c *toyCodec) Describe() engine.Description { return engine.Description{} }
+func (c *toyCodec) Close() error                 { return nil }
 
 func (c *toyCodec) entry(index int64) (int64, error) {
 	var b [8]byte
@@ -215,31 +225,55 @@ func (c *toyCodec) entry(index int64) (int64, error) {
 	return e, nil
 }
 
-func (c *toyCodec) Lookup(off, n int64) (engine.Run, error) {
-	index := off / toyClusterBytes
-	e, err := c.entry(index)
-	if err != nil {
-		return engine.Run{}, err
-	}
-	run := engine.Run{Len: min(n, toyClusterBytes-off%toyClusterBytes)}
-	switch e {
-	case toyAbsent:
-	case toyZero:
-		run.State = engine.Zero
-	default:
-		run.State, run.FileOff = engine.Data, e+off%toyClusterBytes
+func (c *toyCodec) Lookup(off, n int64) (run engine.Run, err error) {
+	for run.Len < n {
+		e, err := c.entry((off + run.Len) / toyClusterBytes)
+		if err != nil && run.Len > 0 {
+			return run, nil // the caller comes to it
+		}
+		if err != nil {
+			return run, err
+		}
+		next := engine.Run{State: toyState(e), FileOff: e + (off+run.Len)%toyClusterBytes}
+		switch {
+		case run.Len == 0:
+			run = next
+		case run.State != next.State || run.State == engine.Data && run.FileOff+run.Len != next.FileOff && !c.bug.is("run is too long"):
+			return run, nil
+		}
+		run.Len = min(n, run.Len+toyClusterBytes-(off+run.Len)%toyClusterBytes)
 	}
 	return run, nil
+}
+
+func toyState(e int64) engine.State {
+	switch e {
+	case toyAbsent:
+		return engine.Absent
+	case toyZero:
+		return engine.Zero
+	}
+	return engine.Data
 }
 
 func (c *toyCodec) ReadCompressed(engine.Run, []byte) error { return toyWrong("nothing is compressed") }
 
 func (c *toyCodec) Allocate(_, n int64) (engine.Place, error) {
 	p, err := c.space.Alloc(n, toyClusterBytes)
-	if c.bug.is("new space is said to be zeroed") {
-		p.Zeroed = true
+	if err != nil {
+		return p, err
 	}
-	return p, err
+	if err := c.file.Allocate(p.Off, p.Len); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		if c.bug.is("no space is another error") {
+			err = errors.New("something is wrong")
+		}
+		c.space.Free(p.Off, p.Len, p.Zeroed)
+		return engine.Place{}, err
+	}
+	if c.bug.is("space is given twice") && p.Len > toyClusterBytes {
+		c.space.Free(p.Off, toyClusterBytes, true)
+	}
+	return p, nil
 }
 
 func (c *toyCodec) Set(off, n int64, to engine.State, at engine.Place) (unused []engine.Span, err error) {
@@ -278,10 +312,8 @@ func (c *toyCodec) Set(off, n int64, to engine.State, at engine.Place) (unused [
 }
 
 func (c *toyCodec) Free(s engine.Span, zeroed bool) {
-	switch {
-	case c.bug.is("space is lost"):
-	default:
-		c.space.Free(s.Off, s.Len, zeroed || c.bug.is("freed space is said to be zeroed"))
+	if !c.bug.is("space is lost") {
+		c.space.Free(s.Off, s.Len, zeroed)
 	}
 }
 
@@ -310,18 +342,16 @@ func (c *toyCodec) Commit(commit *engine.Commit) error {
 func (c *toyCodec) Finish(*engine.Commit) error { return c.space.Trim() }
 
 func (c *toyCodec) Grow(commit *engine.Commit, size int64) error {
-	if size <= c.h.size || toyAlign(size)/toyClusterBytes > c.h.entries || size%512 != 0 {
+	if !c.bug.is("grow takes any size") && (size <= c.h.size || toyAlign(size)/toyClusterBytes > c.h.entries || size%512 != 0) {
 		return fmt.Errorf("toy: grow to %d bytes: %w", size, block.ErrInvalid)
 	}
 	h := c.h
 	h.size = size
-	if err := commit.WriteAt(0, h.marshal(), 0); err != nil {
+	if err := commit.WriteAt(0, h.marshal(), 0); err != nil && !c.bug.is("error is swallowed") {
 		return err
 	}
-	if !c.bug.is("grow without sync") {
-		if err := commit.Sync(); err != nil {
-			return err
-		}
+	if err := commit.Sync(); err != nil {
+		return err
 	}
 	c.h = h
 	return nil

@@ -1,0 +1,37 @@
+package formattest
+
+import (
+	"testing"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
+)
+
+// testReuse writes and discards the same few clusters many times: what is freed is used
+// again, so that the image stays small.
+func testReuse(t *testing.T, f Factory) {
+	const clusters, rounds = 4, 100
+	r := testenv.Rand(t)
+	mem := vfs.NewMem()
+	p := newPlayer(t, f, mem, r, 1)
+	s := f.shape()
+	for range rounds {
+		area := op{off: r.Int64N(s.size/s.cluster-clusters) * s.cluster, n: clusters * s.cluster}
+		for _, kind := range []opKind{opWrite, opDiscard, opFlush} {
+			area.kind = kind
+			p.mustStep(t, area)
+		}
+	}
+	p.finish(t)
+	files, err := readFiles(mem)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var total int64
+	for _, b := range files {
+		total += int64(len(b))
+	}
+	if most := s.size + rounds/4*clusters*s.cluster; total > most {
+		t.Errorf("after %d clusters were written and discarded, the image is %d bytes long, want at most %d", rounds*clusters, total, most)
+	}
+}
