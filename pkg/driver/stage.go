@@ -290,6 +290,9 @@ func (n *node) unmountAll(ctx context.Context, volumeID, path string) error {
 		if err != nil || m == nil {
 			return err
 		}
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("unmount %s: %w", path, err)
+		}
 		_, err = n.slow.do(ctx, key, func() (any, error) { return nil, n.cfg.Mounter.Unmount(path) })
 		if err != nil {
 			return fmt.Errorf("unmount %s: %w", path, err)

@@ -8,8 +8,6 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/driver"
 )
@@ -94,32 +92,15 @@ func eraseUnfinished(device string) (err error) {
 	if err != nil || !unfinished {
 		return err
 	}
-	f, err := os.OpenFile(device, os.O_WRONLY|unix.O_EXCL|unix.O_SYNC, 0)
+	f, err := openExclusive(device, os.O_WRONLY|os.O_SYNC)
 	if err != nil {
-		return fmt.Errorf("erase an unfinished file system: %w", exclusive(err))
+		return fmt.Errorf("erase an unfinished file system: %w", err)
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	if _, err := f.WriteAt(make([]byte, xfsSuperblockBytes), 0); err != nil {
 		return fmt.Errorf("erase an unfinished file system on %s: %w", device, err)
 	}
 	return nil
-}
-
-// idle returns block.ErrBusy if somebody has a device for himself: it is mounted, or a
-// killed call's mkfs is still at work.
-func idle(device string) error {
-	f, err := os.OpenFile(device, os.O_RDONLY|unix.O_EXCL, 0)
-	if err != nil {
-		return exclusive(err)
-	}
-	return f.Close()
-}
-
-func exclusive(err error) error {
-	if errors.Is(err, unix.EBUSY) {
-		return fmt.Errorf("%w: %w", block.ErrBusy, err)
-	}
-	return err
 }
 
 // FormatAndMount implements driver.Mounter.

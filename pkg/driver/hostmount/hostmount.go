@@ -27,7 +27,7 @@ type Host struct {
 
 // New returns the host this process runs on: its mount namespace is the one that counts.
 func New() *Host {
-	exec := utilexec.New()
+	exec := programs{utilexec.New()}
 	return &Host{
 		mounter: mount.NewSafeFormatAndMount(mount.NewWithoutSystemd(""), exec),
 		resizer: mount.NewResizeFs(exec),
