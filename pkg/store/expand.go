@@ -110,7 +110,6 @@ func (s *Store) growOffline(ctx context.Context, rec *Record) error {
 	if err != nil {
 		return err
 	}
-	rec.settle()
 	size, err := growImage(img, rec.WantSizeBytes)
 	if err = errors.Join(err, img.Close()); err != nil {
 		return err

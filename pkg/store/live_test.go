@@ -5,7 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -395,4 +397,83 @@ func TestAttach_SharedReaders(t *testing.T) {
 		expectGeneration(t, s, "v", "s", 1)
 		expectClean(t, s)
 	})
+}
+
+// Between the record that names the new top and the switch to it, a kill must lose nothing
+// that had completed, although the journal is for the old top: everything is in the store
+// by then, and requests stand still.
+func TestCreateSnapshot_KilledBetweenRecordAndSwitch(t *testing.T) {
+	// The first write gives the image a new identity, also after the overlay was made.
+	t.Run("Written", func(t *testing.T) { killBetweenRecordAndSwitch(t, true) })
+	t.Run("NotWritten", func(t *testing.T) { killBetweenRecordAndSwitch(t, false) })
+}
+
+func killBetweenRecordAndSwitch(t *testing.T, written bool) {
+	m := vfs.NewMem()
+	volume(t, openStore(t, m), "v")
+	journalDir, journalLeft := t.TempDir(), t.TempDir()
+	var left *vfs.Mem
+	var a *store.Attached
+	var state atomic.Int32 // 1: armed, 2: wrote after the first flush, 3: recorded
+	early := make(chan bool, 1)
+	s := openStore(t, vfs.Inject(m, func(op vfs.Op) error {
+		switch {
+		case state.Load() == 1 && op.Kind == vfs.OpOpen && op.Name == "volumes/v/volume.lock" && exists(m, "volumes/v/v-000001.vmdk"):
+			state.Store(2)
+			writeStamp(t, a, 3*mib, 2)
+		case state.Load() == 2 && op.Kind == vfs.OpSyncDir && strings.Contains(contents(t, m, "volumes/v/volume.json"), `"layer": "volumes/v/v.vmdk"`):
+			state.Store(3)
+			early <- returnsSoon(func() { writeStamp(t, a, 5*mib, 2) })
+			left = m.Clone()
+			must(t, os.CopyFS(journalLeft, os.DirFS(journalDir)))
+		}
+		return nil
+	}))
+	epoch, err := s.Publish(t.Context(), store.PublishRequest{Volume: "v", Node: "n"})
+	must(t, err)
+	a, err = s.Attach(t.Context(), "v", store.AttachOptions{Node: "n", Epoch: epoch, Journal: filepath.Join(journalDir, "j")})
+	must(t, err)
+	if written {
+		writeStamp(t, a, mib, 1)
+	}
+	state.Store(1)
+	must(t, ignoreSnapshot(openStore(t, m).CreateSnapshot(t.Context(), "v", "s")))
+	must(t, a.Close())
+	if <-early {
+		t.Error("a write completed while the record and the device named different tops")
+	}
+
+	restarted := openStore(t, left)
+	b, err := restarted.Attach(t.Context(), "v", store.AttachOptions{Node: "n", Epoch: epoch, Journal: filepath.Join(journalLeft, "j")})
+	must(t, err)
+	if snap := b.Record().Snapshots[0]; !snap.Ready || len(b.Record().Layers) != 2 {
+		t.Errorf("the switch is not finished: %+v", b.Record())
+	}
+	if written {
+		expectStamp(t, b, mib, 1)
+	}
+	expectStamp(t, b, 3*mib, 2)
+	must(t, b.Close())
+	withVolume(t, restarted, "v", store.AttachOptions{Snapshot: "s", ReadOnly: true}, func(d block.Device) { expectStamp(t, d, 3*mib, 2) })
+	expectSound(t, restarted, "restarted")
+}
+
+// returnsSoon reports whether f, which runs on, returns at once.
+func returnsSoon(f func()) bool {
+	returned := make(chan struct{})
+	go func() {
+		defer close(returned)
+		f()
+	}()
+	select {
+	case <-returned:
+		return true
+	case <-time.After(50 * time.Millisecond):
+		return false
+	}
+}
+
+func exists(m *vfs.Mem, name string) bool {
+	_, err := m.Stat(name)
+	return err == nil
 }
