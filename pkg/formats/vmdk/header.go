@@ -202,7 +202,7 @@ func (h *sparseHeader) compressed() bool {
 // redundant reports whether a second directory with tables of its own is kept. Compressed
 // extents never have one, whatever their flags say.
 func (h *sparseHeader) redundant() bool {
-	return h.flags&flagRedundantGT != 0 && h.rgdOffset != 0 && !h.compressed()
+	return h.flags&flagRedundantGT != 0 && h.rgdOffset != 0 && h.rgdOffset != h.gdOffset && !h.compressed()
 }
 
 func powerOfTwoWithin(n, low, high uint64) bool {

@@ -207,6 +207,13 @@ func TestCheck(t *testing.T) {
 		"copy's directory entry 0xffffffff": {func(t *testing.T, fsys vfs.FS) {
 			poke32(t, fsys, "a.vmdk", rgdOff, 1<<32-1)
 		}, 0, 0, 1, 0, "redundant grain directory entry 0", true, false, false},
+		"copies share their tables": {func(t *testing.T, fsys vfs.FS) {
+			poke32(t, fsys, "a.vmdk", rgdOff, gtOff/512)
+			poke32(t, fsys, "a.vmdk", rgdOff+4, (gtOff+secondTable)/512)
+		}, 0, 0, 2, 0, "redundant grain directory entry 0", true, false, false},
+		"copies share their directory": {func(t *testing.T, fsys vfs.FS) {
+			poke(t, fsys, "a.vmdk", 48, gdOff/512)
+		}, 0, 0, 0, 0, "", true, false, false},
 		"tail": {func(t *testing.T, fsys vfs.FS) {
 			poke(t, fsys, "a.vmdk", 1<<20-1, 1)
 		}, 0, 248, 0, 248, "nothing refers to 248 grains", true, false, false},

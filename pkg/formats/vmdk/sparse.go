@@ -136,14 +136,33 @@ func (s *sparse) judgeTables() {
 		}
 	}
 	slices.Sort(keys)
-	for i := 1; i < len(keys); i++ {
-		if keys[i]>>32 < keys[i-1]>>32+length {
-			s.markBad(keys[i])
-			s.markBad(keys[i-1])
-		}
-	}
+	s.judgeOverlaps(keys)
 	s.noteMetadata(fixed, keys)
 }
+
+// judgeOverlaps marks tables that overlap others, given all of them in order. Where a
+// table overlaps a redundant one, only the latter is bad: nothing is ever read from it.
+func (s *sparse) judgeOverlaps(keys []uint64) {
+	length := s.header.gtSectors()
+	last := [2]uint64{noKey, noKey} // of either directory
+	for _, key := range keys {
+		redundant := key & 1
+		for which, before := range last {
+			if before == noKey || key>>32 >= before>>32+length {
+				continue
+			}
+			if redundant == 1 || which == 0 {
+				s.markBad(key)
+			}
+			if redundant == 0 || which == 1 {
+				s.markBad(before)
+			}
+		}
+		last[redundant] = key
+	}
+}
+
+const noKey = 1<<64 - 1
 
 func (a sectorSpan) overlaps(b sectorSpan) bool { return a.start < b.end && b.start < a.end }
 
@@ -158,9 +177,6 @@ func (s *sparse) markBad(key uint64) {
 // noteMetadata sets dataStart, and meta to what lies past it, given the sorted tables.
 func (s *sparse) noteMetadata(fixed []sectorSpan, tables []uint64) {
 	s.dataStart = max(1, s.header.overHead)
-	if h := &s.header; h.descriptorOffset != 0 && h.descriptorOffset+h.descriptorSize > s.dataStart {
-		fixed = append(fixed, sectorSpan{h.descriptorOffset, h.descriptorOffset + h.descriptorSize})
-	}
 	s.meta = nil
 	for _, key := range tables {
 		start := key >> 32
