@@ -387,3 +387,56 @@ func TestOracle_Grow(t *testing.T) {
 		})
 	}
 }
+
+// Overlays stand on every kind of image that can be read, which stays as it is.
+func TestOracle_OverlayOnForeignBase(t *testing.T) {
+	for _, subformat := range []string{"streamOptimized", "monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse"} {
+		t.Run(subformat, func(t *testing.T) {
+			r, dir := testenv.Rand(t), t.TempDir()
+			disk := randomDisk(r, 3<<20+3*512)
+			writeFile(t, dir, "raw", disk)
+			qemuImg(t, dir, "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat="+subformat, "raw", "base.vmdk")
+			before, err := os.ReadFile(filepath.Join(dir, "base.vmdk"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			createOverlay(t, dir, "base.vmdk", formats.CreateRequest{Name: "a.vmdk", ClusterBytes: 32 << 10})
+			image := mustOpen(t, dir, "a.vmdk", vfs.ReadWrite)
+			if !bytes.Equal(readGuest(t, image), disk) {
+				t.Error("a new overlay reads as something else than its base")
+			}
+			scribble(t, r, image, disk, 20)
+			closeAndJudge(t, dir, "a.vmdk", image, disk)
+			if after, err := os.ReadFile(filepath.Join(dir, "base.vmdk")); err != nil || !bytes.Equal(before, after) {
+				t.Errorf("the base has changed (error %v)", err)
+			}
+		})
+	}
+}
+
+// 7-Zip reads what we write: another program than QEMU, with code of its own.
+func TestOracle_SevenZip(t *testing.T) {
+	for name, req := range map[string]formats.CreateRequest{
+		"sparse":       {},
+		"small-grains": {ClusterBytes: 4 << 10},
+		"flat":         {Subformat: "monolithicFlat"},
+		"full":         {Preallocation: formats.PreallocateFull},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, dir := testenv.Rand(t), t.TempDir()
+			req.Name, req.SizeBytes = "a.vmdk", 2<<20
+			create(t, dir, req)
+			image := mustOpen(t, dir, "a.vmdk", vfs.ReadWrite)
+			disk := make([]byte, req.SizeBytes)
+			scribble(t, r, image, disk, 20)
+			if err := image.Close(); err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.Command(testenv.Oracle(t, "7z"), "x", "-so", "-tvmdk", "a.vmdk")
+			cmd.Dir = dir
+			if out, err := cmd.Output(); err != nil || !bytes.Equal(out, disk) {
+				t.Errorf("7z extracts %d bytes that differ from the %d written, error %v", len(out), len(disk), err)
+			}
+		})
+	}
+}
