@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"syscall"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -27,7 +29,9 @@ var (
 	errPanic = errors.New("internal error")
 )
 
-// grpcCodes translates sentinels; the first that an error wraps decides.
+// grpcCodes translates sentinels, block's and the system's; the first that an error wraps
+// decides. fs.ErrNotExist is not among them: that a file is missing does not say that
+// what the call is about does not exist.
 var grpcCodes = []struct {
 	sentinel error
 	code     codes.Code
@@ -37,6 +41,8 @@ var grpcCodes = []struct {
 	{block.ErrFenced, codes.FailedPrecondition},
 	{block.ErrCorrupt, codes.DataLoss},
 	{block.ErrNoSpace, codes.ResourceExhausted},
+	{syscall.ENOSPC, codes.ResourceExhausted},
+	{syscall.EDQUOT, codes.ResourceExhausted},
 	{errPending, codes.Aborted},
 	{errBadToken, codes.Aborted},
 	{errPrecondition, codes.FailedPrecondition},
@@ -47,8 +53,11 @@ var grpcCodes = []struct {
 	{block.ErrBusy, codes.FailedPrecondition},
 	{block.ErrLocked, codes.FailedPrecondition},
 	{block.ErrReadOnly, codes.FailedPrecondition},
+	{syscall.EROFS, codes.FailedPrecondition},
 	{block.ErrUnsupported, codes.InvalidArgument},
 	{block.ErrInvalid, codes.InvalidArgument},
+	{errors.ErrUnsupported, codes.InvalidArgument},
+	{fs.ErrInvalid, codes.InvalidArgument},
 	{context.DeadlineExceeded, codes.DeadlineExceeded},
 	{context.Canceled, codes.Canceled},
 }

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
+	"syscall"
 	"testing"
 
 	"google.golang.org/grpc/codes"
@@ -35,6 +37,13 @@ func TestToStatus(t *testing.T) {
 		errPanic:                 codes.Internal,
 		context.Canceled:         codes.Canceled,
 		context.DeadlineExceeded: codes.DeadlineExceeded,
+		syscall.ENOSPC:           codes.ResourceExhausted,
+		syscall.EDQUOT:           codes.ResourceExhausted,
+		syscall.EROFS:            codes.FailedPrecondition,
+		fs.ErrInvalid:            codes.InvalidArgument,
+		errors.ErrUnsupported:    codes.InvalidArgument,
+		fs.ErrNotExist:           codes.Internal,
+		syscall.EIO:              codes.Internal,
 		errors.New("something"):  codes.Internal,
 	} {
 		err := fmt.Errorf("doing this to that: %w", sentinel)

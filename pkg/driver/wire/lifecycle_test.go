@@ -296,7 +296,7 @@ func fileSystemAt(t *testing.T, path string) string {
 // wantEmptyStore checks that deleted volumes have left no images.
 func (w *world) wantEmptyStore() {
 	w.t.Helper()
-	err := filepath.WalkDir(w.path("store/volumes"), func(path string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(w.path("store/volumes")+"/", func(path string, d fs.DirEntry, err error) error {
 		if err == nil && !d.IsDir() {
 			w.t.Errorf("left in the store: %s", path)
 		}

@@ -30,14 +30,16 @@ const (
 	storeName = "main"
 )
 
+// binaryDir is where binary puts the program.
+var binaryDir string
+
 // binary builds the program once for all tests.
-var binary = sync.OnceValues(func() (string, error) {
+var binary = sync.OnceValues(func() (path string, err error) {
 	_, file, _, _ := runtime.Caller(0)
-	dir, err := os.MkdirTemp("", "imgdisk-bin")
-	if err != nil {
+	if binaryDir, err = os.MkdirTemp("", "imgdisk-bin"); err != nil {
 		return "", err
 	}
-	path := filepath.Join(dir, "csi-imgdisk")
+	path = filepath.Join(binaryDir, "csi-imgdisk")
 	cmd := exec.Command("go", "build", "-o", path, "./cmd/csi-imgdisk")
 	cmd.Dir = filepath.Join(filepath.Dir(file), "..", "..", "..")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -49,8 +51,8 @@ var binary = sync.OnceValues(func() (string, error) {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if path, err := binary(); err == nil {
-		os.RemoveAll(filepath.Dir(path))
+	if binaryDir != "" {
+		os.RemoveAll(binaryDir)
 	}
 	os.Exit(code)
 }
@@ -68,7 +70,14 @@ type world struct {
 	node       csi.NodeClient
 }
 
+// newWorld starts a driver with a store in a directory of its own.
 func newWorld(t *testing.T) *world {
+	t.Helper()
+	return newWorldOn(t, t.TempDir())
+}
+
+// newWorldOn starts a driver with a store in an empty directory.
+func newWorldOn(t *testing.T, store string) *world {
 	t.Helper()
 	testenv.Root(t)
 	for _, tool := range []string{"mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "blkid", "mount"} {
@@ -85,7 +94,7 @@ func newWorld(t *testing.T) *world {
 	}
 	w := &world{t: t, dir: dir, binary: path}
 	t.Cleanup(w.cleanUp)
-	if err := os.Mkdir(w.path("store"), 0o700); err != nil {
+	if err := os.Symlink(store, w.path("store")); err != nil {
 		t.Fatal(err)
 	}
 	w.command("store", "init", w.path("store"))
