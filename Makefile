@@ -29,7 +29,7 @@ demo: go ## run the main job end to end on this machine, as root (IMAGE=any.vmdk
 
 test: deps ## run all tests that need no virtual machine (PACKAGES=…, RUN=regexp)
 	go vet $(PACKAGES)
-	go test -count=1 -timeout 14m -run '$(RUN)' $(PACKAGES)
+	go test -count=1 -timeout 10m -run '$(RUN)' $(PACKAGES)
 
 lint: go $(LINTER) ## run golangci-lint with .golangci.yml
 	$(LINTER) run $(PACKAGES)

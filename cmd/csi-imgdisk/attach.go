@@ -27,7 +27,9 @@ func newAttachCommand() *cobra.Command {
 		Short: "Make a block device on this machine from an image",
 		Long: `Makes a block device from an image, and prints its path. A process of its own serves it; a
 supervisor in the background keeps both going until the device is detached. Attaching an
-image that is attached prints its device.`,
+image that is attached prints its device.
+
+Give --format raw for a raw disk: a guest can write another format's header into it.`,
 		Example: "  device=$(csi-imgdisk attach disk.vmdk)\n  mount $device /mnt",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {

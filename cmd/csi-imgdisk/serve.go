@@ -39,7 +39,9 @@ it gets SIGTERM or SIGINT; then it answers what it was sent, makes everything du
 closes the image.
 
 A writable image has a redo journal in the run directory: if this process is killed, every
-write it had answered is there again when the image is served, or attached, the next time.`,
+write it had answered is there again when the image is served, or attached, the next time.
+
+Give --format raw for a raw disk: a guest can write another format's header into it.`,
 		Example: "  csi-imgdisk serve disk.vmdk --socket /run/disk.sock &\n  qemu-io -f raw 'nbd+unix:///?socket=/run/disk.sock'",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
