@@ -288,8 +288,9 @@ func (c *conn) await() (int, error) {
 		if rx.touched {
 			timeout = idleMillis
 		}
-		draining := c.draining.Load()
-		readable, interrupted := c.socket.wait(timeout, draining)
+		// A drain ends the wait, unless a message has begun: that one is taken whole.
+		begun := rx.current != nil || rx.start != rx.end
+		readable, interrupted := c.socket.wait(timeout, begun && c.draining.Load())
 		switch {
 		case readable:
 			n, err = c.socket.receive(&rx.msg, unix.MSG_DONTWAIT)
