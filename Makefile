@@ -32,7 +32,7 @@ test: deps ## run all tests that need no virtual machine (PACKAGES=…, RUN=rege
 	go test -count=1 -timeout 10m -run '$(RUN)' $(PACKAGES)
 
 lint: go $(LINTER) ## run golangci-lint with .golangci.yml
-	$(LINTER) run $(PACKAGES)
+	$(LINTER) run --allow-parallel-runners $(PACKAGES)
 
 race: deps ## run the tests under the race detector (needs a C compiler)
 	CGO_ENABLED=1 go test -race -short -count=1 -timeout 30m -run '$(RUN)' $(PACKAGES)
