@@ -4,22 +4,24 @@
 #   hack/install-deps.sh test   what `make test` compares with, and makes file systems with
 #   hack/install-deps.sh demo   what `csi-imgdisk demo` runs
 #
-# Without root it says what to install, and fails.
+# Without root it says what to install, and fails. The demo goes without what it only
+# proves things with.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 
 # program:package
-demo=(
+needed=(
   mkfs.ext4:e2fsprogs
   mount:mount
   losetup:mount
   blkid:util-linux
+)
+useful=(
   qemu-img:qemu-utils
   mkfs.xfs:xfsprogs
   sfdisk:fdisk
 )
-test=(
-  "${demo[@]}"
+oracles=(
   mkfs.btrfs:btrfs-progs
   qemu-io:qemu-utils
   qemu-nbd:qemu-utils
@@ -34,39 +36,52 @@ test=(
   fuser:psmisc
 )
 
-case ${1:-} in
-  test) wanted=("${test[@]}") ;;
-  demo) wanted=("${demo[@]}") ;;
-  *) echo "usage: $0 test|demo" >&2; exit 2 ;;
-esac
+# missing PROGRAM:PACKAGE…: the packages of programs that are not there.
+missing() {
+  local entry
+  for entry in "$@"; do
+    command -v "${entry%%:*}" >/dev/null || echo "${entry#*:}"
+  done | sort -u
+}
 
-missing=()
-for entry in "${wanted[@]}"; do
-  command -v "${entry%%:*}" >/dev/null || missing+=("${entry#*:}")
-done
-if [[ ${#missing[@]} -eq 0 ]]; then
-  exit 0
-fi
-mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
-
-if ! command -v apt-get >/dev/null; then
-  echo "These packages of Debian's are missing, and there is no apt-get to install them: ${missing[*]}" >&2
-  exit 1
-fi
-if [[ $EUID -ne 0 ]]; then
-  echo "Packages are missing. As root: apt-get install ${missing[*]}" >&2
-  exit 1
-fi
-echo "installing ${missing[*]}"
-export DEBIAN_FRONTEND=noninteractive
-install=(apt-get install -qq -y --no-install-recommends "${missing[@]}")
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-# The lists may be missing or out of date: then fetch them and try again.
-if ! "${install[@]}" >"$log" 2>&1; then
-  if ! { apt-get update -qq && "${install[@]}"; } >"$log" 2>&1; then
-    cat "$log" >&2
-    echo "could not install ${missing[*]}" >&2
-    exit 1
+# install PACKAGE…: installs them, or says why not.
+install() {
+  if ! command -v apt-get >/dev/null; then
+    echo "These packages of Debian's are missing, and there is no apt-get to install them: $*" >&2
+    return 1
   fi
-fi
+  if [[ $EUID -ne 0 ]]; then
+    echo "Packages are missing. As root: apt-get install $*" >&2
+    return 1
+  fi
+  echo "installing $*"
+  local log command=(apt-get install -qq -y --no-install-recommends "$@")
+  log=$(mktemp)
+  # The lists of packages may be missing or out of date: then fetch them and try again.
+  if "${command[@]}" >"$log" 2>&1 || { apt-get update -qq && "${command[@]}"; } >"$log" 2>&1; then
+    rm -f "$log"
+    return 0
+  fi
+  cat "$log" >&2
+  rm -f "$log"
+  echo "could not install $*" >&2
+  return 1
+}
+
+export DEBIAN_FRONTEND=noninteractive
+case ${1:-} in
+  test)
+    mapfile -t packages < <(missing "${needed[@]}" "${useful[@]}" "${oracles[@]}")
+    [[ ${#packages[@]} -eq 0 ]] || install "${packages[@]}"
+    ;;
+  demo)
+    mapfile -t packages < <(missing "${needed[@]}")
+    [[ ${#packages[@]} -eq 0 ]] || install "${packages[@]}"
+    mapfile -t packages < <(missing "${useful[@]}")
+    [[ ${#packages[@]} -eq 0 ]] || install "${packages[@]}" || echo "going on without ${packages[*]}"
+    ;;
+  *)
+    echo "usage: $0 test|demo" >&2
+    exit 2
+    ;;
+esac
