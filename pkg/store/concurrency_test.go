@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -192,4 +193,45 @@ func TestVolumeMadeAnewAllTheTime(t *testing.T) {
 		must(t, err)
 		expectEmpty(t, fsys)
 	})
+}
+
+// Whoever makes a volume from a snapshot and whoever deletes that one agree: either the
+// layers are referred to, or they are gone and that is said.
+func TestCreateVolume_SourceDeletedMeanwhile(t *testing.T) {
+	m := vfs.NewMem()
+	setup := openStore(t, m)
+	written(t, setup, "v")
+	must(t, ignoreSnapshot(setup.CreateSnapshot(t.Context(), "v", "s")))
+	req := store.CreateVolumeRequest{Name: "r", Source: store.Source{Snapshot: "v@s"}}
+	outcomes := map[bool]int{}
+	for n := uint64(0); ; n++ {
+		left := m.Clone()
+		deleted := make(chan error, 1)
+		reached := false
+		s, err := store.Open(t.Context(), "test", vfs.Inject(left, vfs.If(func(op vfs.Op) bool { return strings.HasPrefix(op.Name, "volumes/") }, vfs.CrashPoint(n, func() {
+			reached = true
+			returnsSoon(func() {
+				other := openStore(t, left)
+				deleted <- errors.Join(other.DeleteSnapshot(context.Background(), "v", "s"), other.DeleteVolume(context.Background(), "v"))
+			})
+		}))), fast)
+		must(t, err)
+		_, err = s.CreateVolume(t.Context(), req)
+		if !reached {
+			must(t, err)
+			break
+		}
+		must(t, <-deleted)
+		outcomes[err == nil]++
+		if err == nil {
+			expectGeneration(t, s, "r", "", 1)
+		} else if !errors.Is(err, block.ErrNotFound) && !errors.Is(err, block.ErrBusy) {
+			t.Errorf("operation %d: %v", n, err)
+		}
+		expectSound(t, s, fmt.Sprintf("operation %d", n))
+		deleteAll(t, s, left, fmt.Sprintf("operation %d", n))
+	}
+	if outcomes[true] == 0 || outcomes[false] == 0 {
+		t.Errorf("outcomes: %v", outcomes)
+	}
 }

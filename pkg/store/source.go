@@ -90,7 +90,24 @@ func (s *Store) resolveFrozen(ctx context.Context, volume, snapshot, format stri
 	case !snap.Ready:
 		return nil, fmt.Errorf("source: snapshot %s of volume %s is not taken yet: %w", snapshot, volume, block.ErrBusy)
 	}
-	return s.standOn(ctx, rec.chainTo(snap.Layer), format, snap.SizeBytes)
+	b, err := s.standOn(ctx, rec.chainTo(snap.Layer), format, snap.SizeBytes)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, s.explainMissing(volume, *snap, err)
+	}
+	return b, err
+}
+
+// explainMissing says why a snapshot's layer is not there: it was removed or merged since
+// the record was read, or the store is damaged.
+func (s *Store) explainMissing(volume string, was SnapshotRecord, missing error) error {
+	rec, err := s.readRecord(volume)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if now := rec.snapshot(was.Name); now != nil && now.Layer == was.Layer {
+		return fmt.Errorf("source: snapshot %s of volume %s: %w: %w", was.Name, volume, block.ErrCorrupt, missing)
+	}
+	return fmt.Errorf("source: %w: snapshot %s of volume %s has just been removed, or its layers merged", block.ErrBusy, was.Name, volume)
 }
 
 // standOn opens the top of a chain that nobody writes any more.
