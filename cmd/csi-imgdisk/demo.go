@@ -3,7 +3,9 @@ package main
 import (
 	"io"
 	"os"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -43,7 +45,11 @@ func runDemo(cmd *cobra.Command, image string) error {
 	if wantsJSON(cmd) {
 		opts.Out, opts.Terminal = io.Discard, false
 	}
-	steps, err := demo.Run(cmd.Context(), opts)
+	// A terminal or pipe that goes away must not keep it from cleaning up.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	ctx, cancel := signal.NotifyContext(cmd.Context(), syscall.SIGHUP)
+	defer cancel()
+	steps, err := demo.Run(ctx, opts)
 	if err == nil && wantsJSON(cmd) {
 		err = emit(cmd, steps, func(*printer) {})
 	}

@@ -120,6 +120,24 @@ func TestDemo_InterruptedAnywhere(t *testing.T) {
 	}
 }
 
+func TestDemo_NobodyListens(t *testing.T) {
+	needRoot(t)
+	tmp, before := t.TempDir(), runDirs(t)
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	reader.Close()
+	cmd := exec.Command(binary, "demo")
+	cmd.Env = append(os.Environ(), "TMPDIR="+tmp)
+	cmd.Stdout = writer
+	if err := cmd.Run(); err != nil {
+		t.Errorf("the demo ends with %v", err)
+	}
+	writer.Close()
+	checkNothingLeft(t, tmp, before, "")
+}
+
 func TestDemo_OwnImage(t *testing.T) {
 	needRoot(t)
 	qemuImg := oracle(t, "qemu-img")
