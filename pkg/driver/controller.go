@@ -108,6 +108,11 @@ func (c *controller) volumeSpec(req *csi.CreateVolumeRequest) (storeName string,
 	if err != nil {
 		return "", spec, err
 	}
+	if req.GetVolumeContentSource() != nil {
+		// What is restored or cloned is an overlay, and thin. Its StorageClass may say
+		// otherwise for the empty volumes it is for as well.
+		spec.Parameters.Preallocation = ""
+	}
 	storeName, err = c.pickStore(storeName)
 	return storeName, spec, err
 }

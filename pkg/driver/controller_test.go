@@ -143,7 +143,7 @@ func TestCreateVolume_Sources(t *testing.T) {
 	}{
 		"image":    {map[string]string{"store": "main", "image": "disk.vmdk"}, nil, Source{Image: "disk.vmdk", ImageMode: ImageOverlay}, 3 << 30},
 		"copy":     {map[string]string{"store": "main", "image": "disk.vmdk", "imageMode": "copy"}, nil, Source{Image: "disk.vmdk", ImageMode: ImageCopy}, 3 << 30},
-		"snapshot": {nil, &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: "main/origin@snap"}}}, Source{Snapshot: "origin@snap"}, 1 << 30},
+		"snapshot": {map[string]string{"preallocation": "full"}, &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: "main/origin@snap"}}}, Source{Snapshot: "origin@snap"}, 1 << 30},
 		"volume":   {nil, &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Volume{Volume: &csi.VolumeContentSource_VolumeSource{VolumeId: "main/origin"}}}, Source{Volume: "origin"}, 1 << 30},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -152,7 +152,7 @@ func TestCreateVolume_Sources(t *testing.T) {
 			})
 			must(t, "CreateVolume", err)
 			v := b.store.volumes["from-"+name]
-			if v == nil || v.Source != test.want || v.SizeBytes != test.size {
+			if v == nil || v.Source != test.want || v.SizeBytes != test.size || v.Parameters.Preallocation != "" {
 				t.Errorf("got %+v", v)
 			}
 			if got := resp.GetVolume().GetContentSource(); fmt.Sprint(got) != fmt.Sprint(test.source) {

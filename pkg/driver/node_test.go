@@ -432,6 +432,7 @@ func TestNodeGetVolumeHealth(t *testing.T) {
 		}
 	}
 	b.attacher.devices[s.id].Lost = true
+	wantCode(t, "publish what is lost", s.publishAt(b.path("target"), false), codes.FailedPrecondition)
 	resp, err := health()
 	must(t, "NodeGetVolumeHealth", err)
 	if e := resp.GetVolumeHealth().GetHealthStatuses(); len(e) != 1 || e[0].GetReason() != "DeviceLost" {
@@ -457,6 +458,19 @@ func TestNode_SupervisorAway(t *testing.T) {
 	wantCode(t, "a full store", s.unstage(), codes.ResourceExhausted)
 	b.attacher.fail("Detach", nil)
 	must(t, "unstage", s.unstage())
+}
+
+// TestUnstage_BusyForAMoment has somebody look at the device after the unmount.
+func TestUnstage_BusyForAMoment(t *testing.T) {
+	b := newBench(t)
+	s := b.publish(b.create("v"), ext4Writer)
+	must(t, "stage", s.stage())
+	b.attacher.fail("Detach", fmt.Errorf("open: %w", block.ErrBusy))
+	unstaged := make(chan error, 1)
+	go func() { unstaged <- s.unstage() }()
+	waitUntil(t, "it is tried again", func() bool { return b.attacher.count("Detach") > 2 })
+	b.attacher.fail("Detach", nil)
+	must(t, "unstage", <-unstaged)
 }
 
 func TestNodeGetInfo(t *testing.T) {

@@ -64,6 +64,9 @@ func (n *node) publish(ctx context.Context, p publication) error {
 	if err != nil {
 		return err
 	}
+	if at.Lost {
+		return fmt.Errorf("its device is gone (%s): %w: unstage it", at.Problem, errPrecondition)
+	}
 	mounts, err := n.cfg.Mounter.Mounts()
 	if err != nil {
 		return fmt.Errorf("mount table: %w", err)

@@ -21,8 +21,14 @@ const (
 	workUsage   = "asking for the usage of"
 )
 
-// unmountPatience is how long a call waits for an unmount, whatever its own deadline.
-const unmountPatience = time.Minute
+const (
+	// unmountPatience is how long a call waits for an unmount, whatever its own
+	// deadline.
+	unmountPatience = time.Minute
+	// busyPatience is how long a device that nobody has mounted may be busy.
+	busyPatience = 3 * time.Second
+	busyInterval = 50 * time.Millisecond
+)
 
 type node struct {
 	csi.UnimplementedNodeServer
@@ -125,13 +131,32 @@ func (n *node) attach(ctx context.Context, spec AttachSpec) (Attachment, error) 
 	return n.cfg.Attacher.Attach(ctx, spec)
 }
 
-// detach removes a device; one that is gone is fine.
+// detach removes a device; one that is gone is fine. One that is busy though nothing of
+// it is mounted is waited for: whoever watches devices looks at each after an unmount.
 func (n *node) detach(ctx context.Context, volumeID string) error {
-	err := n.cfg.Attacher.Detach(ctx, volumeID)
-	if err == nil || errors.Is(err, block.ErrNotFound) {
-		return nil
+	deadline := time.Now().Add(busyPatience)
+	for {
+		err := n.cfg.Attacher.Detach(ctx, volumeID)
+		if err == nil || errors.Is(err, block.ErrNotFound) {
+			return nil
+		}
+		err = fmt.Errorf("detach: %w", err)
+		if !errors.Is(err, block.ErrBusy) || time.Now().After(deadline) {
+			return err
+		}
+		users, listErr := n.usersOf(ctx, volumeID)
+		if listErr != nil {
+			return errors.Join(err, listErr)
+		}
+		if len(users) > 0 {
+			return fmt.Errorf("%w; it is mounted at %q", err, users)
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(busyInterval):
+		}
 	}
-	return fmt.Errorf("detach: %w", err)
 }
 
 // usersOf returns where a volume's device is mounted.
@@ -265,10 +290,6 @@ func (n *node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolume
 		return nil, fmt.Errorf("unstage volume %s: %w", id, err)
 	}
 	if err := n.detach(ctx, id); err != nil {
-		users, listErr := n.usersOf(ctx, id)
-		if listErr == nil && len(users) > 0 {
-			err = fmt.Errorf("%w; it is mounted at %q", err, users)
-		}
 		return nil, fmt.Errorf("unstage volume %s: %w", id, err)
 	}
 	return &csi.NodeUnstageVolumeResponse{}, nil

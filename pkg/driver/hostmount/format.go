@@ -114,6 +114,9 @@ func (h *Host) FormatAndMount(device, path, fsType string, options []string) err
 		}
 	}
 	if err := h.mounter.FormatAndMount(device, path, fsType, options); err != nil {
+		if fsType == "btrfs" && strings.Contains(err.Error(), "File exists") {
+			err = fmt.Errorf("a clone or its origin is mounted on this node, and only Linux 6.7 and later can mount both: %w", err)
+		}
 		return fmt.Errorf("mount %s of %s: %w", fsType, device, oneLine(err))
 	}
 	return nil

@@ -446,3 +446,62 @@ func TestPartitions(t *testing.T) {
 	v.must("controller unpublish", v.controllerUnpublish())
 	v.must("delete", v.remove())
 }
+
+// TestFormats takes a volume of each format and shape through its life.
+func TestFormats(t *testing.T) {
+	w := newWorld(t)
+	r := testenv.Rand(t)
+	for name, params := range map[string]map[string]string{
+		"default":   nil,
+		"raw":       {"format": "raw"},
+		"falloc":    {"format": "raw", "preallocation": "falloc"},
+		"vmdk":      {"format": "vmdk", "subformat": "monolithicSparse", "clusterSize": "16K"},
+		"flat":      {"format": "vmdk", "subformat": "monolithicFlat"},
+		"full-flat": {"format": "vmdk", "subformat": "monolithicFlat", "preallocation": "full"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			defer w.in(t)()
+			v := w.volume(name, "block")
+			v.must("create", v.create(16*mib, nil, params))
+			v.must("create again", v.create(16*mib, nil, params))
+			v.up()
+			old, fresh := randomBytes(r, 2*mib), randomBytes(r, mib)
+			v.put(old)
+			if params["format"] != "raw" {
+				v.must("snapshot", v.snapshot("snap-"+name))
+			}
+			v.put(fresh)
+			v.must("expand", v.expand(32*mib))
+			v.must("node expand", v.nodeExpand(32*mib))
+			v.check(append(fresh, old[mib:]...))
+			if params["format"] == "raw" { // nothing can stand on it yet
+				if err := v.snapshot("snap-" + name); status.Code(err) != codes.InvalidArgument {
+					t.Errorf("snapshot: %v", err)
+				}
+				v.down()
+				v.must("delete", v.remove())
+				return
+			}
+
+			restored := w.volume("restored-"+name, "block")
+			restored.must("create", restored.create(24*mib, fromSnapshot(v.id+"@snap-"+name), params))
+			restored.up()
+			restored.check(old)
+			clone := w.volume("clone-"+name, "block")
+			clone.must("create", clone.create(32*mib, fromVolume(v.id), nil))
+			clone.up()
+			clone.check(append(fresh, old[mib:]...))
+			for _, each := range []*volume{v, clone, restored} {
+				each.down()
+			}
+			v.must("delete the origin first", v.remove())
+			clone.up()
+			clone.check(append(fresh, old[mib:]...))
+			clone.down()
+			clone.must("delete", clone.remove())
+			restored.must("delete", restored.remove())
+			v.must("delete snapshot", v.removeSnapshot("snap-"+name))
+		})
+	}
+	w.wantEmptyStore()
+}
