@@ -38,7 +38,8 @@ func (d *demo) run(ctx context.Context) error {
 	}{
 		{"A VMware disk becomes a volume", d.importDisk},
 		{"An empty volume: format, write, snapshot while it is written", volumes.within(d.makeVolume)},
-		{"Back in time, beside it, and larger", volumes.within(d.restore)},
+		{"Back in time", volumes.within(d.restore)},
+		{"A clone, and more room, while it is written", volumes.within(d.cloneAndExpand)},
 		{"What lies on the store", d.showStore},
 		{"Put away", d.putAway},
 	}
@@ -274,39 +275,42 @@ func (d *demo) snapshotStep(ctx context.Context, s *snapshotVolumes) error {
 	})
 }
 
-// restore makes volumes from the snapshot and from the volume, and expands the volume.
+// restore makes a volume of the snapshot.
 func (d *demo) restore(ctx context.Context, s *snapshotVolumes) error {
-	var restored, clone *volume
+	var v *volume
 	if err := d.step(ctx, "restore the snapshot as a new volume", func() (_ string, err error) {
-		restored, err = d.create(ctx, "restored", 0, nil, fromSnapshot(s.snapshot))
+		v, err = d.create(ctx, "restored", 0, nil, fromSnapshot(s.snapshot))
 		return "", err
 	}); err != nil {
 		return err
 	}
-	restored.fsType = s.original.fsType
-	if err := d.compareRestored(ctx, restored, s.layer); err != nil {
+	if err := d.compareRestored(ctx, v, s.layer); err != nil {
 		return err
 	}
-	if err := d.attachStep(ctx, "attach and mount it", restored); err != nil {
+	v.fsType = s.original.fsType
+	if err := d.attachStep(ctx, "attach and mount it", v); err != nil {
 		return err
 	}
-	if err := d.step(ctx, "it has the old "+ledgerFile+", and all records synced by then", func() (string, error) {
-		return d.verify(restored, s.frozen, s.records)
-	}); err != nil {
-		return err
-	}
+	return d.step(ctx, "it has the old "+ledgerFile+", and all records synced by then", func() (string, error) {
+		return d.verify(v, s.frozen, s.records)
+	})
+}
+
+// cloneAndExpand makes a volume of the volume, which it then expands.
+func (d *demo) cloneAndExpand(ctx context.Context, s *snapshotVolumes) error {
+	var v *volume
 	if err := d.step(ctx, "clone the volume that is being written", func() (_ string, err error) {
-		clone, err = d.create(ctx, "clone", 0, nil, fromVolume(s.original))
+		v, err = d.create(ctx, "clone", 0, nil, fromVolume(s.original))
 		return "", err
 	}); err != nil {
 		return err
 	}
-	clone.fsType = s.original.fsType
-	if err := d.attachStep(ctx, "attach and mount the clone", clone); err != nil {
+	v.fsType = s.original.fsType
+	if err := d.attachStep(ctx, "attach and mount the clone", v); err != nil {
 		return err
 	}
 	if err := d.step(ctx, "it has the new "+ledgerFile, func() (string, error) {
-		return d.verify(clone, s.now, s.records)
+		return d.verify(v, s.now, s.records)
 	}); err != nil {
 		return err
 	}
