@@ -201,6 +201,8 @@ func TestCreateVolume_SourceDeletedMeanwhile(t *testing.T) {
 	m := vfs.NewMem()
 	setup := openStore(t, m)
 	written(t, setup, "v")
+	// Two layers: the upper one is also kept by the lock of whoever has opened it.
+	must(t, ignoreSnapshot(setup.CreateSnapshot(t.Context(), "v", "s0")))
 	must(t, ignoreSnapshot(setup.CreateSnapshot(t.Context(), "v", "s")))
 	req := store.CreateVolumeRequest{Name: "r", Source: store.Source{Snapshot: "v@s"}}
 	outcomes := map[bool]int{}
@@ -212,7 +214,8 @@ func TestCreateVolume_SourceDeletedMeanwhile(t *testing.T) {
 			reached = true
 			returnsSoon(func() {
 				other := openStore(t, left)
-				deleted <- errors.Join(other.DeleteSnapshot(context.Background(), "v", "s"), other.DeleteVolume(context.Background(), "v"))
+				ctx := context.Background()
+				deleted <- errors.Join(other.DeleteSnapshot(ctx, "v", "s0"), other.DeleteSnapshot(ctx, "v", "s"), other.DeleteVolume(ctx, "v"))
 			})
 		}))), fast)
 		must(t, err)
