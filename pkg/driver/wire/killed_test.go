@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -16,8 +18,8 @@ import (
 // killRounds is how many volumes live their lives while the driver is being killed.
 const killRounds = 2
 
-// TestKilledDriver kills the driver at random moments, again and again, while volumes
-// live their whole lives. A client repeats each call until it succeeds, as Kubernetes
+// TestKilledDriver kills the driver at random moments, again and again, and sometimes the
+// supervisor or a volume's server, while volumes live their whole lives. A client repeats each call until it succeeds, as Kubernetes
 // does; the data must be there and nothing may be left.
 func TestKilledDriver(t *testing.T) {
 	w := newWorld(t)
@@ -62,12 +64,29 @@ func (k *killer) run() {
 			return
 		case <-time.After(life):
 		}
-		k.kill()
 		k.kills++
+		if k.rand.IntN(4) == 0 {
+			k.killOther()
+			continue
+		}
+		k.kill()
 		if err := k.start(); err != nil {
 			k.t.Errorf("start the driver: %v", err)
 			return
 		}
+	}
+}
+
+// killOther kills the supervisor or a volume's server.
+func (k *killer) killOther() {
+	var pids []int
+	for pid, args := range k.processes() {
+		if strings.Contains(args, " supervisor ") || strings.Contains(args, " server ") {
+			pids = append(pids, pid)
+		}
+	}
+	if len(pids) > 0 {
+		_ = syscall.Kill(pids[k.rand.IntN(len(pids))], syscall.SIGKILL) // it may have ended
 	}
 }
 
