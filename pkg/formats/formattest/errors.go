@@ -18,18 +18,30 @@ type failure struct {
 	name string
 	// errno is what the failing operation says.
 	errno syscall.Errno
-	// hook fails operation n, counted from 0, in this way.
+	// stride is how far apart the operations are that are made to fail, one at a time.
+	stride int
+	// hook fails operation n, counted from 0 among those that can fail so, in this way.
 	hook func(n uint64, r *rand.Rand) vfs.Hook
 }
 
-var failures = []failure{
-	{"EIO", syscall.EIO, func(n uint64, _ *rand.Rand) vfs.Hook { return vfs.FailNth(n, syscall.EIO) }},
-	{"ENOSPC", syscall.ENOSPC, func(n uint64, _ *rand.Rand) vfs.Hook { return vfs.FailNth(n, syscall.ENOSPC) }},
-	{"partial write", syscall.EIO, func(n uint64, r *rand.Rand) vfs.Hook {
-		return vfs.FailNth(n, vfs.ShortWrite(r.IntN(16), syscall.EIO))
-	}},
-	{"store gone", syscall.EIO, func(n uint64, _ *rand.Rand) vfs.Hook { return vfs.FailFrom(n, syscall.EIO) }},
-}
+var (
+	takesSpace = vfs.OfKind(vfs.OpCreate, vfs.OpWrite, vfs.OpTruncate, vfs.OpAllocate, vfs.OpPunchHole)
+
+	failures = []failure{
+		{"EIO", syscall.EIO, 1, func(n uint64, _ *rand.Rand) vfs.Hook {
+			return vfs.FailNth(n, syscall.EIO)
+		}},
+		{"ENOSPC", syscall.ENOSPC, 1, func(n uint64, _ *rand.Rand) vfs.Hook {
+			return vfs.If(takesSpace, vfs.FailNth(n, syscall.ENOSPC))
+		}},
+		{"partial write", syscall.EIO, 1, func(n uint64, r *rand.Rand) vfs.Hook {
+			return vfs.If(vfs.OfKind(vfs.OpWrite), vfs.FailNth(n, vfs.ShortWrite(r.IntN(16), syscall.EIO)))
+		}},
+		{"store gone", syscall.EIO, 3, func(n uint64, _ *rand.Rand) vfs.Hook {
+			return vfs.FailFrom(n, syscall.EIO)
+		}},
+	}
+)
 
 // testErrorSweep plays a script again and again, each time with another operation of the
 // file system failing: nothing is silent, nothing is lost, nothing stays open.
@@ -49,15 +61,15 @@ func sweepErrors(t *testing.T, f Factory, how failure) {
 	p.play(t, f.script(r, mix{opWrite: 6, opZero: 1, opDiscard: 1}, 10))
 	p.mustClose(t)
 	script := f.script(r, mix{opRead: 6, opWrite: 12, opZero: 4, opDiscard: 4, opMap: 2, opFlush: 4, opReopen: 2, opGrow: 1, opPush: 1}, 30)
-	step := uint64(1)
+	stride := how.stride
 	if testing.Short() {
-		step = 7
+		stride = 7
 	}
-	for n := uint64(r.IntN(int(step))); ; n += step {
+	for n := uint64(r.IntN(stride)); ; n += uint64(stride) {
 		run := newFailingRun(p, mem.Clone(), how, n, r)
 		err := run.play(script)
 		if err != nil {
-			t.Fatalf("%s of file system operation %d (%s): %v", how.name, n, run.failed, err)
+			t.Fatalf("%s, number %d (%s): %v", how.name, n, run.failed, err)
 		}
 		if !run.hasFailed {
 			return // the script has fewer operations
@@ -244,10 +256,10 @@ func sweepErrorsOfCreate(t *testing.T, f Factory) {
 			}))
 			made, err := newRig(f, fsys, f.shape().size)
 			if err := checkFailedCreate(mem, made, err, how); err != nil {
-				t.Fatalf("%s of file system operation %d: %v", how.name, n, err)
+				t.Fatalf("%s, number %d: %v", how.name, n, err)
 			}
 			if leaks := fsys.leaks(); leaks != "" {
-				t.Fatalf("%s of file system operation %d: %s", how.name, n, leaks)
+				t.Fatalf("%s, number %d: %s", how.name, n, leaks)
 			}
 			if !failed {
 				break

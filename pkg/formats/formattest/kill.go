@@ -36,7 +36,7 @@ func sweepKills(t *testing.T, f Factory, depth int) {
 	if err := p.rig.open(vfs.ReadWrite); err != nil {
 		t.Fatalf("open with a journal: %v", err)
 	}
-	script := f.script(r, mix{opWrite: 12, opZero: 4, opDiscard: 4, opFlush: 3, opReopen: 1, opGrow: 1, opPush: 1}, scaled(100))
+	script := f.script(r, mix{opWrite: 12, opZero: 4, opDiscard: 4, opFlush: 3, opReopen: 1, opGrow: 1, opPush: 1}, scaled(70))
 	k.p, p.interrupted = p, &k.err
 	p.play(t, script)
 	k.p = nil
