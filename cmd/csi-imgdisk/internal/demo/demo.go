@@ -20,6 +20,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -96,8 +97,9 @@ func (d *demo) makeDirs() error {
 	return nil
 }
 
-// storeName is the store's in handles.
-const storeName = "demo"
+// storeName is the store's in handles. It differs from other demos', because handles name
+// devices in the kernel.
+func (d *demo) storeName() string { return strings.TrimPrefix(filepath.Base(d.dir), "csi-imgdisk-") }
 
 func (d *demo) store() string             { return filepath.Join(d.dir, "store") }
 func (d *demo) images() string            { return filepath.Join(d.store(), "images") }

@@ -90,7 +90,7 @@ func (d *demo) withStore(ctx context.Context, use func(*store.Store) error) erro
 		return err
 	}
 	defer dir.Close()
-	s, err := store.Open(ctx, storeName, dir, store.Options{ReadOnly: true})
+	s, err := store.Open(ctx, d.storeName(), dir, store.Options{ReadOnly: true})
 	if err != nil {
 		return err
 	}

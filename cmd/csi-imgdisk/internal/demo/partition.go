@@ -45,6 +45,12 @@ func partitions(ctx context.Context, device string) ([]partition, error) {
 // errNoFileSystem says that nothing on a disk could be mounted.
 var errNoFileSystem = errors.New("this kernel can mount nothing on it")
 
+// hasFileSystem reports whether there is a file system on a device.
+func hasFileSystem(ctx context.Context, device string) bool {
+	out, err := exec.CommandContext(ctx, "blkid", "-p", "-o", "value", "-s", "USAGE", device).Output()
+	return err == nil && string(bytes.TrimSpace(out)) == "filesystem"
+}
+
 // mountPartition mounts the largest partition that can be mounted, read-only.
 func (d *demo) mountPartition(ctx context.Context, device, dir string) error {
 	list, err := partitions(ctx, device)
@@ -64,7 +70,7 @@ func (d *demo) mountPartition(ctx context.Context, device, dir string) error {
 			if err == nil {
 				return nil
 			}
-			last = bytes.TrimSpace(out)
+			last, _, _ = bytes.Cut(out, []byte("\n")) // the rest is advice
 		}
 	}
 	return fmt.Errorf("%w: %s", errNoFileSystem, last)

@@ -43,7 +43,7 @@ func (d *demo) startDriver(ctx context.Context) error {
 	}
 	defer log.Close()
 	cmd := exec.Command(d.options.Binary, "standalone", "--endpoint", "unix://"+d.socket(),
-		"--store", storeName+"="+d.store(), "--run-dir", d.runDir, "--node-id", "this-machine")
+		"--store", d.storeName()+"="+d.store(), "--run-dir", d.runDir, "--node-id", "this-machine")
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {

@@ -3,6 +3,7 @@ package demo
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -150,6 +151,11 @@ func (d *demo) readForeignDisk(ctx context.Context, v *volume) error {
 			return readSomeFile(dir)
 		})
 	}
+	if !hasFileSystem(ctx, d.target(v.name)) { // to mount it would be to format it
+		return d.step(ctx, "read from it", func() (string, error) {
+			return d.readFirstBytes(v, errNoFileSystem)
+		})
+	}
 	if err := d.step(ctx, "detach it, to mount it", quiet(func() error { return d.detach(ctx, v) })); err != nil {
 		return err
 	}
@@ -167,10 +173,10 @@ func (d *demo) readFirstBytes(v *volume, why error) (string, error) {
 		return "", err
 	}
 	defer f.Close()
-	if _, err := f.ReadAt(make([]byte, 1<<20), 0); err != nil {
+	if _, err := io.CopyN(io.Discard, f, 1<<20); err != nil && err != io.EOF {
 		return "", err
 	}
-	return fmt.Sprintf("%v\nread the device's first MiB instead", why), nil
+	return fmt.Sprintf("%v\nread the beginning of the device instead", why), nil
 }
 
 // convertSample makes a second volume by copying the image, for qemu-img to compare.
