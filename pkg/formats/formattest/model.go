@@ -15,17 +15,30 @@ func testModel(t *testing.T, f Factory) {
 		opRead: 30, opWrite: 30, opZero: 10, opDiscard: 8, opMap: 8, opFlush: 3, opReopen: 1, opGrow: 1, opPush: 1,
 	}
 	for _, depth := range f.depths() {
-		t.Run(fmt.Sprintf("depth=%d", depth), func(t *testing.T) { playModel(t, f, depth, everything) })
+		t.Run(fmt.Sprintf("depth=%d", depth), func(t *testing.T) {
+			playModel(t, f, vfs.NewMem(), depth, everything, scaled(1500))
+		})
 	}
 	// Nothing is given back, so nothing may leak.
-	t.Run("writes", func(t *testing.T) { playModel(t, f, 1, mix{opRead: 2, opWrite: 10, opFlush: 1, opReopen: 1}) })
+	t.Run("writes", func(t *testing.T) {
+		playModel(t, f, vfs.NewMem(), 1, mix{opRead: 2, opWrite: 10, opFlush: 1, opReopen: 1}, scaled(1500))
+	})
+	t.Run("directory", func(t *testing.T) {
+		dir, err := vfs.OpenDir(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer dir.Close()
+		depths := f.depths()
+		playModel(t, f, dir, depths[len(depths)-1], everything, scaled(300))
+	})
 }
 
-func playModel(t *testing.T, f Factory, depth int, steps mix) {
+func playModel(t *testing.T, f Factory, on vfs.FS, depth int, steps mix, count int) {
 	r := testenv.Rand(t)
-	fsys := track(vfs.NewMem())
+	fsys := track(on)
 	p := newPlayer(t, f, fsys, r, depth)
-	p.play(t, f.script(r, steps, scaled(1500)))
+	p.play(t, f.script(r, steps, count))
 	p.finish(t)
 	p.rig.checkWithQEMU(t, p.m.live.bytes)
 	if leaks := fsys.leaks(); leaks != "" {
