@@ -301,7 +301,7 @@ func (a *Attached) Close() error {
 func (a *Attached) stopServing() error {
 	ctx, cancel := context.WithTimeout(context.Background(), closeWait)
 	defer cancel()
-	_, err := a.store.update(ctx, a.name, func(rec *Record) error {
+	_, err := a.store.updateAnyway(ctx, a.name, func(rec *Record) error {
 		if at := rec.attachment(a.opts.Node); at != nil && at.Epoch == a.opts.Epoch {
 			at.Serving = false
 		}

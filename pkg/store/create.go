@@ -204,6 +204,10 @@ func (s *Store) lockNewVolume(ctx context.Context, name string) (*heldLock, erro
 			return nil, err
 		}
 		lock, err := s.locks.lock(ctx, volumeFile(name, volumeLock))
+		if isFull(err) {
+			// Nothing was made, unless somebody else is at it: then it is not empty.
+			_ = s.fs.Remove(volumeDir(name))
+		}
 		if !errors.Is(err, fs.ErrNotExist) || ctx.Err() != nil {
 			return lock, err
 		}

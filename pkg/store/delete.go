@@ -39,13 +39,13 @@ func (s *Store) DeleteVolume(ctx context.Context, name string) error {
 
 // markDeleted makes the record say that the volume is gone.
 func (s *Store) markDeleted(ctx context.Context, name string) (Record, error) {
-	if _, err := s.update(ctx, name, func(rec *Record) error {
+	if _, err := s.updateAnyway(ctx, name, func(rec *Record) error {
 		rec.Merging = nil // the merger holds a lock on the image
 		return nil
 	}); err != nil {
 		return Record{}, err
 	}
-	return s.update(ctx, name, func(rec *Record) error {
+	return s.updateAnyway(ctx, name, func(rec *Record) error {
 		if len(rec.Attachments) > 0 {
 			return fmt.Errorf("%w: it is published to node %s", block.ErrBusy, rec.nodes())
 		}

@@ -10,6 +10,7 @@
 //	volumes/<volume>/volume.lock            held while the record is read, changed, replaced
 //	volumes/<volume>/<volume>.vmdk          base layer
 //	volumes/<volume>/<volume>-000001.vmdk   overlay, and so on
+//	spare/                                  space for records when the store is full
 //	images/                                 put there by people: import sources and golden images, never written
 //
 // # Order of reading
@@ -17,6 +18,7 @@
 //	record.go    what is known of a volume
 //	recordio.go  reading it; replacing it
 //	names.go     which names mean what
+//	spare.go     replacing it in a full store
 //	lock.go      locks on records
 //	store.go     opening a store; probe.go: whether its locks work
 //	create.go    volumes from nothing, images, snapshots, volumes; source.go: from which;

@@ -27,6 +27,9 @@ func (s *Store) GC(ctx context.Context) (GCResult, error) {
 	if err := s.writable(); err != nil {
 		return result, err
 	}
+	if err := makeSpares(s.fs); err != nil {
+		result.Problems = append(result.Problems, err.Error())
+	}
 	dirs, err := s.fs.ReadDir(volumesDir)
 	if err != nil {
 		return result, fmt.Errorf("list volumes: %w", err)

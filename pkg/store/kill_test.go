@@ -343,7 +343,10 @@ func TestInterrupted(t *testing.T) {
 			s := openStore(t, vfs.Inject(m, look))
 			lefts = nil // of opening
 			must(t, sc.op(t.Context(), s))
-			for _, l := range lefts {
+			for i, l := range lefts {
+				if testing.Short() && i%3 != 0 {
+					continue
+				}
 				sc.finish(t, "killed "+l.when, l.killed)
 				_, err := openStore(t, l.collected).GC(t.Context())
 				must(t, err)

@@ -107,6 +107,9 @@ func (l *locker) try(name string) (vfs.File, error) {
 		return nil, err
 	}
 	if err := l.verify(name, f); err != nil {
+		if isFull(err) { // it was made just now, for what cannot be made
+			err = errors.Join(err, removeIfThere(l.fs, name))
+		}
 		f.Close()
 		return nil, err
 	}

@@ -316,7 +316,7 @@ func (m *merger) commit(ctx context.Context) error {
 
 // abandon takes back what the record says of the merge; the sweep removes the files.
 func (m *merger) abandon(ctx context.Context) error {
-	_, err := m.store.update(ctx, m.before.Name, func(rec *Record) error {
+	_, err := m.store.updateAnyway(ctx, m.before.Name, func(rec *Record) error {
 		if slices.Equal(rec.Merging, m.before.Merging) {
 			rec.Merging = nil
 		}

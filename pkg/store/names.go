@@ -16,6 +16,7 @@ const (
 	storeLock    = "store.lock"
 	volumesDir   = "volumes"
 	imagesDir    = "images"
+	spareDir     = "spare"
 	recordFile   = "volume.json"
 	recordNew    = "volume.json.new"
 	volumeLock   = "volume.lock"

@@ -3,7 +3,6 @@ package store
 import (
 	"errors"
 	"fmt"
-	"syscall"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 )
@@ -26,7 +25,7 @@ var problemKinds = []struct {
 
 // newProblem keeps err for another process.
 func newProblem(err error) *Problem {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+	if isFull(err) {
 		err = fmt.Errorf("%w: %w", block.ErrNoSpace, err)
 	}
 	p := &Problem{Text: err.Error(), At: now()}

@@ -89,7 +89,7 @@ func (s *Store) Unpublish(ctx context.Context, name, node string) error {
 	if err := checkVolumeName(name); err != nil {
 		return err
 	}
-	_, err := s.update(ctx, name, func(rec *Record) error {
+	_, err := s.updateAnyway(ctx, name, func(rec *Record) error {
 		rec.Attachments = slices.DeleteFunc(rec.Attachments, func(a Attachment) bool { return node == "" || a.Node == node })
 		return nil
 	})

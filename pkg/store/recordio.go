@@ -130,16 +130,15 @@ func encodeRecord(rec Record) ([]byte, error) {
 // update changes a volume's record under its lock. change sees the record as it is; when
 // it returns an error, or changes nothing, nothing is written.
 func (s *Store) update(ctx context.Context, name string, change func(rec *Record) error) (Record, error) {
+	return s.updateWith(ctx, name, change, s.writeRecord)
+}
+
+func (s *Store) updateWith(ctx context.Context, name string, change func(rec *Record) error, write func(Record) error) (Record, error) {
 	lock, err := s.lockVolume(ctx, name)
 	if err != nil {
 		return Record{}, err
 	}
 	defer lock.Unlock()
-	return s.updateLocked(name, change)
-}
-
-// updateLocked is update for who holds the volume's lock.
-func (s *Store) updateLocked(name string, change func(rec *Record) error) (Record, error) {
 	rec, err := s.readRecord(name)
 	if err != nil {
 		return Record{}, notFound(name, err)
@@ -158,7 +157,7 @@ func (s *Store) updateLocked(name string, change func(rec *Record) error) (Recor
 	if bytes.Equal(before, after) {
 		return rec, nil
 	}
-	return rec, s.writeRecord(rec)
+	return rec, write(rec)
 }
 
 // lockVolume waits for the lock of a volume that exists.

@@ -666,12 +666,28 @@ func TestFullStore(t *testing.T) {
 	if !full {
 		t.Error("the store never was full")
 	}
-	m.SetCapacity(-1)
+	for range 20 { // what asks for more does not use up what is spare
+		_, err = s.CreateVolume(t.Context(), store.CreateVolumeRequest{Name: "w", SizeBytes: mib})
+		expectError(t, "create", err, syscall.ENOSPC)
+	}
+	_, err = s.CreateSnapshot(t.Context(), "v", "s")
+	expectError(t, "snapshot", err, syscall.ENOSPC)
+	// Everything can be let go all the same.
 	expectStamp(t, a, 2*mib, 1)
-	must(t, ignoreSnapshot(s.CreateSnapshot(t.Context(), "v", "s")))
+	must(t, a.Flush())
 	detach(t, s, a)
+	expectSound(t, s, "full")
+	left := m.Clone()
+	must(t, s.DeleteVolume(t.Context(), "v"))
+	expectEmpty(t, m)
+
+	// With space again, everything goes on.
+	left.SetCapacity(-1)
+	s = openStore(t, left)
+	must(t, ignoreSnapshot(s.CreateSnapshot(t.Context(), "v", "s")))
+	withVolume(t, s, "v", store.AttachOptions{}, func(d block.Device) { expectStamp(t, d, 2*mib, 1) })
 	expectSound(t, s, "afterwards")
-	deleteAll(t, s, m, "in the end")
+	deleteAll(t, s, left, "in the end")
 }
 
 // The holder's failure reaches who waits, with its kind, and the wish is taken back.

@@ -243,7 +243,7 @@ func (s *Store) DeleteSnapshot(ctx context.Context, volume, snapshot string) err
 }
 
 func (s *Store) dropSnapshot(ctx context.Context, volume, snapshot string) error {
-	_, err := s.update(ctx, volume, func(rec *Record) error {
+	_, err := s.updateAnyway(ctx, volume, func(rec *Record) error {
 		rec.dropSnapshot(snapshot)
 		return nil
 	})

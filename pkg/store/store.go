@@ -89,6 +89,9 @@ func Init(fsys vfs.FS) (id string, err error) {
 		return "", err
 	}
 	defer lock.Unlock()
+	if err := makeSpares(fsys); err != nil {
+		return "", err
+	}
 	if ident, err := readIdentity(fsys); !errors.Is(err, fs.ErrNotExist) {
 		return ident.ID, err
 	}

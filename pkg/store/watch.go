@@ -65,7 +65,10 @@ func (a *Attached) fulfil(ctx context.Context, rec Record) {
 
 // report records a problem. When that fails, too, the wish is tried again.
 func (a *Attached) report(ctx context.Context, note func(rec *Record)) {
-	_, _ = a.update(ctx, func(rec *Record) error {
+	_, _ = a.store.updateAnyway(ctx, a.name, func(rec *Record) error {
+		if err := a.allowed(rec); err != nil {
+			return err
+		}
 		note(rec)
 		return nil
 	})
@@ -108,7 +111,6 @@ func (a *Attached) grow(ctx context.Context) error {
 // snapshot takes a live snapshot: see snapshot.go for the steps. Everything that takes
 // time is done before requests are held up.
 func (a *Attached) snapshot(ctx context.Context, name string) error {
-	began := time.Now()
 	var overlay LayerRecord
 	rec, err := a.update(ctx, func(rec *Record) (err error) {
 		snap := rec.snapshot(name)
@@ -126,10 +128,26 @@ func (a *Attached) snapshot(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := a.image.Flush(); err != nil { // so that little is left for the gate
+	if err := a.flushMost(); err != nil {
 		return errors.Join(err, top.Close())
 	}
-	return a.switchTo(ctx, name, overlay, top, began)
+	return a.switchTo(ctx, name, overlay, top)
+}
+
+// flushMost flushes until that is quick, so that little is left to flush while requests
+// stand still. A guest that writes faster than the store can take has to wait longer.
+func (a *Attached) flushMost() error {
+	const tries, quick = 4, 5 * time.Millisecond
+	for range tries {
+		began := time.Now()
+		if err := a.image.Flush(); err != nil {
+			return err
+		}
+		if time.Since(began) < quick {
+			break
+		}
+	}
+	return nil
 }
 
 // makeOverlay makes an empty overlay on the present top and opens it for writing. The top
@@ -156,7 +174,7 @@ func (a *Attached) makeOverlay(ctx context.Context, overlay LayerRecord, rec Rec
 }
 
 // switchTo makes an overlay the top that is written, in the record and in the device.
-func (a *Attached) switchTo(ctx context.Context, name string, overlay LayerRecord, top *engine.Layer, began time.Time) error {
+func (a *Attached) switchTo(ctx context.Context, name string, overlay LayerRecord, top *engine.Layer) error {
 	pushed := false
 	_, err := a.update(ctx, func(rec *Record) error {
 		snap := rec.snapshot(name)
@@ -213,7 +231,7 @@ func (a *Attached) commitSwitch(before, after Record, top *engine.Layer) error {
 	}
 	// The record may name the new top, while the device writes to the old one. One of
 	// them has to give in.
-	if undo := a.store.writeRecord(before); undo != nil {
+	if undo := a.store.writeRecordAnyway(before); undo != nil {
 		err = fmt.Errorf("the store cannot say which layer is the top: %w", errors.Join(err, undo))
 		a.lose(err)
 	}
