@@ -36,6 +36,7 @@ func oracleDevice(t *testing.T, opts Options) (dev *memDevice, uri string) {
 func run(t *testing.T, program string, args ...string) string {
 	t.Helper()
 	cmd := exec.Command(testenv.Oracle(t, program), args...)
+	cmd.Dir = t.TempDir()
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -215,8 +216,8 @@ func TestOracle_fioVerify(t *testing.T) {
 	}
 	out := run(t, "fio", "--name=verify", "--ioengine=nbd", "--uri=nbd+unix:///?socket="+socket,
 		"--rw=randrw", "--bsrange=512-128k", "--bs_unaligned", "--iodepth=32", "--size="+size, "--loops="+loops,
-		"--numjobs=4", "--offset_increment=16M", "--group_reporting", "--fsync=50",
-		"--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64", "--output-format=json")
+		"--numjobs=4", "--offset_increment=16M", "--group_reporting", "--fsync=5",
+		"--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64", "--verify_state_save=0", "--output-format=json")
 	var report struct {
 		Jobs []struct {
 			Error int
