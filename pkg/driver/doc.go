@@ -21,6 +21,38 @@
 //	nodestate.go     Node: expansion, statistics, health, what the node is
 //	errors.go        errors to gRPC codes: the only file that knows codes
 //
+// # StorageClass parameters
+//
+//	store          name of a configured store; not needed if there is only one
+//	format         of the volume's own layers: vmdk (default), raw
+//	subformat      of the format, such as monolithicFlat
+//	clusterSize    of the format: a power of two such as 65536, 64K, 64Ki or 1M
+//	preallocation  off (default), or what else the format has; ignored for what is restored or cloned
+//	transport      nbd or fuse; default: the first that works on the node
+//	image          file under the store's images/ to make the volume from
+//	imageMode      overlay (default: the volume stands on the image) or copy
+//
+// and csi.storage.k8s.io/fstype: ext4 (default), xfs, btrfs. Others beginning with
+// csi.storage.k8s.io/ are ignored, all else is refused.
+//
+// # Handles
+//
+// A volume's is "<store>/<volume>", a snapshot's "<store>/<volume>@<snapshot>". Volumes
+// and snapshots have the caller's name, shortened or spelled otherwise, with a hash, if
+// that could not be a file's everywhere or would make a handle longer than CSI allows.
+// "<store>/images/<file>" is an image used as a volume without CreateVolume: publishing
+// makes the overlay that is written in its place.
+//
+// # Limits
+//
+//   - One node at a time writes a volume; several can read one that nobody writes.
+//   - A raw block target is read-only only if the volume is published read-only.
+//   - Linux before 6.7 does not mount a btrfs beside its clone on one node.
+//   - The kernel grows a mounted ext4 only for a driver that has CAP_SYS_RESOURCE.
+//   - A partitioned disk can be used as raw block only.
+//   - A device that was lost under a mounted file system must be unpublished and
+//     unstaged before the volume can be staged again.
+//
 // # Killed at any point
 //
 // The driver keeps no state. What is true is in three places: the store's records, the
