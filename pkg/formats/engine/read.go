@@ -200,8 +200,11 @@ func (d *Disk) describe(i int, run Run, off int64) (block.Extent, error) {
 		e.Compressed = true
 		return e, nil
 	}
+	if d.layers[i].geometry.Cipher != nil {
+		return e, nil // what the file holds is not what is read
+	}
 	e.FileOff = run.FileOff
-	if !run.Flat || d.layers[i].geometry.Cipher != nil {
+	if !run.Flat {
 		return e, nil
 	}
 	start, end, err := f.NextData(run.FileOff)
