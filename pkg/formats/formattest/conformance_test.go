@@ -12,14 +12,16 @@ import (
 // TestSuite_FindsBugs asks for.
 func toyFactory() formattest.Factory {
 	return formattest.Factory{
-		Name: "toy", Format: toy{toyBug(os.Getenv(bugVariable))}, Overlay: new(formats.CreateRequest), SizeBytes: 160<<10 + 512,
+		Name: "toy", Format: toy{bug: toyBug(os.Getenv(bugVariable))}, Overlay: new(formats.CreateRequest), SizeBytes: 160<<10 + 512,
 	}
 }
 
 const bugVariable = "IMGDISK_TOY_BUG"
 
 func TestConformance(t *testing.T) {
-	formattest.Run(t, toyFactory())
+	encrypted := toyFactory()
+	encrypted.Name, encrypted.Format = "encrypted", toy{encrypted: true}
+	formattest.Run(t, toyFactory(), encrypted)
 }
 
 func TestKillProcess(t *testing.T) { formattest.KillProcess(t, toyFactory()) }

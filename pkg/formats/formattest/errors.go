@@ -35,13 +35,26 @@ var (
 			return vfs.If(takesSpace, vfs.FailNth(n, syscall.ENOSPC))
 		}},
 		{"partial write", syscall.EIO, 1, func(n uint64, r *rand.Rand) vfs.Hook {
-			return vfs.If(vfs.OfKind(vfs.OpWrite), vfs.FailNth(n, vfs.ShortWrite(r.IntN(16), syscall.EIO)))
+			return vfs.If(vfs.OfKind(vfs.OpWrite), failPart(n, r))
 		}},
 		{"store gone", syscall.EIO, 3, func(n uint64, _ *rand.Rand) vfs.Hook {
 			return vfs.FailFrom(n, syscall.EIO)
 		}},
 	}
 )
+
+// failPart fails operation n, which must be a write, when some of its sectors are written.
+func failPart(n uint64, r *rand.Rand) vfs.Hook {
+	seen := uint64(0)
+	return func(at vfs.Op) error {
+		seen++
+		if seen-1 != n {
+			return nil
+		}
+		sectors := (at.Off+at.Len-1)/sectorBytes - at.Off/sectorBytes // but for the last one
+		return vfs.ShortWrite(int(r.Int64N(sectors+1)), syscall.EIO)
+	}
+}
 
 // testErrorSweep plays a script again and again, each time with another operation of the
 // file system failing: nothing is silent, nothing is lost, nothing stays open.

@@ -64,6 +64,7 @@ type fullStore struct {
 func (s *fullStore) fill(t *testing.T) (refused int) {
 	t.Helper()
 	f := s.p.rig.f
+	s.p.leaky = true      // what is reserved ahead stays when a flush fails
 	if s.r.IntN(2) == 0 { // otherwise tables have no space yet, either
 		s.p.play(t, f.script(s.r, mix{opWrite: 4, opDiscard: 1}, 5))
 	}

@@ -97,7 +97,8 @@ func (k *killer) writeDuringFlush(at vfs.Op) error {
 // systems: it kills the process when a part of the write is done.
 func (k *killer) inWrite(toJournal bool) func(name string, b []byte, off int64) {
 	return func(name string, b []byte, off int64) {
-		if k.p == nil || k.err != nil || len(b) < 2 || k.r.IntN(3) > 0 {
+		sectors := (off+int64(len(b))-1)/sectorBytes - off/sectorBytes // but for the last one
+		if k.p == nil || k.err != nil || sectors < 1 || k.r.IntN(3) > 0 {
 			return
 		}
 		images, journals := k.images.Clone(), k.journals.Clone()
@@ -105,7 +106,7 @@ func (k *killer) inWrite(toJournal bool) func(name string, b []byte, off int64) 
 		if toJournal {
 			written = journals
 		}
-		part := 1 + k.r.IntN(len(b)-1)
+		part := (off/sectorBytes+1+k.r.Int64N(sectors))*sectorBytes - off
 		err := writePart(written, name, b[:part], off)
 		if err == nil {
 			err = k.kill(images, journals)

@@ -160,8 +160,8 @@ func (p *player) noteChange(o op, ch change, err error) {
 	defer p.mu.Unlock()
 	p.inFlight = nil
 	switch {
-	case unsupported(o, err), errors.Is(err, block.ErrPoisoned):
-		// It did nothing.
+	case errors.Is(err, block.ErrPoisoned):
+		// It did nothing. (A zeroing that is not fast enough may have done a part.)
 	case err != nil || o.kind == opDiscard:
 		p.m.live.allow(ch)
 	default:

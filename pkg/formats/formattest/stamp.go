@@ -15,6 +15,9 @@ const (
 	offDigits = 8
 )
 
+// sectorBytes is what is never torn.
+const sectorBytes = 512
+
 const hexDigits = "0123456789abcdef"
 
 // stamp returns the n bytes that operation op writes at guestOff.

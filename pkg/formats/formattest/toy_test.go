@@ -20,7 +20,12 @@ import (
 //
 //	0     magic[8] guest size[8] cluster size[8] entries[8] times changed[8] nameLen[8] parent's name…
 //	4096  entries: 0 absent, 1 zero, else the file offset of a cluster
-type toy struct{ bug toyBug }
+//
+// Encrypted, it is a format of its own.
+type toy struct {
+	bug       toyBug
+	encrypted bool
+}
 
 // toyBug is a mistake that a format could make.
 type toyBug string
@@ -47,13 +52,18 @@ func toyWrong(format string, args ...any) error {
 	return fmt.Errorf("toy: %w: %w", block.ErrCorrupt, fmt.Errorf(format, args...))
 }
 
-func (toy) Name() string { return "toy" }
+func (f toy) Name() string {
+	if f.encrypted {
+		return "toycrypt"
+	}
+	return "toy"
+}
 
 func (toy) Probe(head []byte, _ int64) bool { return len(head) >= 8 && string(head[:8]) == toyMagic }
 
-func (toy) Options() formats.Options {
+func (f toy) Options() formats.Options {
 	return formats.Options{
-		OverlaySubformats: []string{""}, ParentFormats: []string{"toy"}, Preallocations: []formats.Preallocation{formats.PreallocateOff},
+		OverlaySubformats: []string{""}, ParentFormats: []string{f.Name()}, Preallocations: []formats.Preallocation{formats.PreallocateOff},
 		MinClusterBytes: toyClusterBytes, MaxClusterBytes: toyClusterBytes, DefaultClusterBytes: toyClusterBytes,
 		MaxSizeBytes: toyMaxBytes, SizeMultiple: 512,
 	}
@@ -127,7 +137,7 @@ func (f toy) Open(req formats.OpenRequest) (*engine.Layer, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := engine.NewLayer(req.Name, "toy", []vfs.File{file}, req.Mode == vfs.ReadWrite)
+	l := engine.NewLayer(req.Name, f.Name(), []vfs.File{file}, req.Mode == vfs.ReadWrite)
 	if err := f.fill(l, file, req); err != nil {
 		if f.bug.is("failed open leaks the file") {
 			return nil, err
@@ -169,7 +179,7 @@ func (f toy) fill(l *engine.Layer, file vfs.File, req formats.OpenRequest) error
 	if size%toyClusterBytes != 0 && f.bug.is("odd length is refused") {
 		return toyWrong("%s is %d bytes long", req.Name, size)
 	}
-	c := &toyCodec{bug: f.bug, l: l, h: h, file: file}
+	c := &toyCodec{toy: f, l: l, h: h, file: file}
 	c.space = engine.NewSpace(file, 0, size, toyClusterBytes, 0)
 	l.Codec = c
 	if h.parent != "" && !f.bug.is("parent is ignored") {
@@ -177,13 +187,13 @@ func (f toy) fill(l *engine.Layer, file vfs.File, req formats.OpenRequest) error
 		if err != nil {
 			return err
 		}
-		l.Parent = &engine.ParentLink{Name: name, Format: "toy"}
+		l.Parent = &engine.ParentLink{Name: name, Format: f.Name()}
 	}
 	return nil
 }
 
 type toyCodec struct {
-	bug   toyBug
+	toy
 	l     *engine.Layer
 	file  vfs.File
 	h     toyHeader
@@ -191,7 +201,38 @@ type toyCodec struct {
 }
 
 func (c *toyCodec) Geometry() engine.Geometry {
-	return engine.Geometry{SizeBytes: c.h.size, ClusterBytes: toyClusterBytes, LogicalBlockBytes: 512, ZeroState: true}
+	g := engine.Geometry{SizeBytes: c.h.size, ClusterBytes: toyClusterBytes, LogicalBlockBytes: 512, ZeroState: true}
+	if c.encrypted {
+		g.Cipher = toyCipher{}
+	}
+	return g
+}
+
+// toyCipher adds something to every byte that depends on its sector's other bytes: a
+// sector that is encrypted in two parts does not come back.
+type toyCipher struct{}
+
+func (toyCipher) Encrypt(p []byte, guestOff int64) {
+	var key byte
+	for i := range p {
+		if i%512 == 0 {
+			key = byte((guestOff+int64(i))/512) + 1
+		}
+		p[i] += key
+		key = key*5 + p[i]
+	}
+}
+
+func (toyCipher) Decrypt(p []byte, guestOff int64) {
+	var key byte
+	for i := range p {
+		if i%512 == 0 {
+			key = byte((guestOff+int64(i))/512) + 1
+		}
+		was := p[i]
+		p[i] -= key
+		key = key*5 + was
+	}
 }
 
 func (c *toyCodec) Granule(off int64) (start, end int64) {
