@@ -279,7 +279,10 @@ func (d *Disk) grow(sizeBytes int64) error {
 	c := bareCommit(top)
 	err := top.Codec.Grow(c, sizeBytes)
 	if err == nil {
-		err = c.Sync()
+		if err = c.Sync(); err != nil {
+			// The codec has grown, the disk may not have: nobody may rely on either.
+			d.poison.Store(&err)
+		}
 	}
 	top.Tables.letGo()
 	top.geometry = top.Codec.Geometry()
