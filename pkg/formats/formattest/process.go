@@ -42,11 +42,8 @@ const killsPerRun = 25
 func KillProcess(t *testing.T, f Factory) {
 	f.register()
 	if os.Getenv(childImages) != "" {
-		if err := beChild(f); err != nil {
-			fmt.Println("error", err)
-			os.Exit(1)
-		}
-		return
+		fmt.Println("error", beChild(f))
+		os.Exit(1)
 	}
 	counted(t, &Figures.ProcessKills, "processes killed")
 	t.Run("journal", func(t *testing.T) { killProcesses(t, f, journalDir(t)) })
@@ -205,7 +202,7 @@ func childScript(f Factory, size int64, seed uint64) []op {
 	return script
 }
 
-// beChild plays until it is killed.
+// beChild plays until it is killed. If it returns, something is wrong.
 func beChild(f Factory) error {
 	number := func(name string) uint64 {
 		n, err := strconv.ParseUint(os.Getenv(name), 10, 64)

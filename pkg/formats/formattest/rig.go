@@ -62,20 +62,6 @@ func (r *rig) close() error {
 	return img.Close()
 }
 
-// stack puts an overlay on a chain that is not open.
-func (r *rig) stack() error {
-	parent, err := r.f.Format.Open(formats.OpenRequest{FS: r.fs, Name: r.top(), Mode: vfs.ReadOnly})
-	if err != nil {
-		return err
-	}
-	name, err := r.createOverlay(parent)
-	if err := errors.Join(err, parent.Close()); err != nil {
-		return err
-	}
-	r.names = append(r.names, name)
-	return nil
-}
-
 // createOverlay creates an overlay on the top image, which parent is.
 func (r *rig) createOverlay(parent *engine.Layer) (name string, err error) {
 	req := *r.f.Overlay
