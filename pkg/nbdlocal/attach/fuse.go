@@ -8,8 +8,6 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -152,31 +150,9 @@ func (t *fuseTransport) attach(ctx context.Context, st *State, m *fuseMount, hoo
 	if err := checkDeviceSize(loopName(index), st.SizeBytes); err != nil {
 		return err
 	}
-	if err := limitDiscard(loopName(index), st.CanZero); err != nil {
-		return err
-	}
+	// Discards are not limited in the queue where the server cannot zero cheaply: loop
+	// devices are used again, a limit of 0 stays, and the kernel lets nobody raise it.
 	return hooks.Persist(*st)
-}
-
-// limitDiscard allows discards of a loop device, or not. It is said either way: loop
-// devices are used again, and keep the limit their last user set.
-//
-// The loop device asks for discards and for zeroes with the same request, and only one
-// that has to zero is safe. Where that is as dear as writing, discarding would cost space
-// rather than give it back.
-func limitDiscard(name string, canZero bool) error {
-	if !canZero {
-		return setQueue(name, "discard_max_bytes", 0)
-	}
-	most, err := os.ReadFile("/sys/block/" + name + "/queue/discard_max_hw_bytes")
-	if err != nil {
-		return err
-	}
-	n, err := strconv.ParseInt(strings.TrimSpace(string(most)), 10, 64)
-	if err != nil {
-		return fmt.Errorf("discard_max_hw_bytes of %s: %w", name, err)
-	}
-	return setQueue(name, "discard_max_bytes", n)
 }
 
 // hold keeps dev as the ID's descriptor, for as long as the device lives.
