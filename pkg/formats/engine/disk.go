@@ -198,7 +198,7 @@ func (d *Disk) Push(top *Layer) error {
 	if err != nil {
 		return fmt.Errorf("switch to %s: %w", top.Name, err)
 	}
-	return old.freeze()
+	return d.freeze(old)
 }
 
 func (d *Disk) switchTop(top *Layer) (old *Layer, err error) {
@@ -229,11 +229,14 @@ func (d *Disk) switchTop(top *Layer) (old *Layer, err error) {
 
 // freeze leaves a layer that is no longer written as a clean close would. It cannot
 // harm what was switched: a failure leaves surplus space, or others locked out.
-func (l *Layer) freeze() error {
+func (d *Disk) freeze(l *Layer) error {
 	l.Writable = false
 	if l.changed {
 		c := bareCommit(l)
-		if err := errors.Join(l.Codec.Finish(c), c.Sync()); err != nil {
+		d.mapping.Lock() // requests look the layer up again already
+		err := l.Codec.Finish(c)
+		d.mapping.Unlock()
+		if err = errors.Join(err, c.Sync()); err != nil {
 			return fmt.Errorf("tidy %s: %w", l.Name, err)
 		}
 	}
