@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"slices"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
@@ -32,7 +33,8 @@ type CheckReport struct {
 }
 
 // Check examines records, layers, links and images. With repair it also removes what is
-// left over, as GC does; it changes no image. Images that are in use are skipped.
+// left over, as GC does, and repairs the volumes' own layers where that touches no good
+// data. Images that are in use are skipped.
 func (s *Store) Check(ctx context.Context, repair bool) (CheckReport, error) {
 	c := &checker{store: s, repair: repair, seen: map[string]bool{},
 		report: CheckReport{Skipped: []string{}, Problems: []CheckProblem{}}}
@@ -142,7 +144,13 @@ func (c *checker) layer(ctx context.Context, rec Record, l LayerRecord) {
 	}
 	c.seen[l.File] = true
 	c.report.Layers++
-	result, err := checkLayerImage(ctx, c.store.fs, l)
+	result, err := checkImage(ctx, c.store.fs, l, false)
+	if err == nil && len(result.Problems) > 0 && c.repairable(rec, l) {
+		repaired, repairErr := repairImage(ctx, c.store.fs, l)
+		if !errors.Is(repairErr, block.ErrLocked) { // else somebody has just opened it
+			result, err = repaired, repairErr
+		}
+	}
 	switch {
 	case errors.Is(err, block.ErrLocked):
 		c.report.Skipped = append(c.report.Skipped, l.File)
@@ -156,16 +164,41 @@ func (c *checker) layer(ctx context.Context, rec Record, l LayerRecord) {
 	}
 }
 
-func checkLayerImage(ctx context.Context, fsys vfs.FS, l LayerRecord) (engine.CheckResult, error) {
+// repairable reports whether a layer may be repaired: images are not ours, and a top that
+// is being served may have its newest tables in a node's redo journal.
+func (c *checker) repairable(rec Record, l LayerRecord) bool {
+	return c.repair && ownerOf(l.File) != "" && (l != rec.top() || rec.serving() == "")
+}
+
+// repairImage repairs an image. Fixed is what a second look no longer finds.
+func repairImage(ctx context.Context, fsys vfs.FS, l LayerRecord) (engine.CheckResult, error) {
+	result, err := checkImage(ctx, fsys, l, true)
+	if err != nil {
+		return result, err
+	}
+	after, err := checkImage(ctx, fsys, l, false)
+	for i := range result.Problems {
+		text := result.Problems[i].Text
+		result.Problems[i].Fixed = !slices.ContainsFunc(after.Problems, func(p engine.Problem) bool { return p.Text == text })
+	}
+	return result, err
+}
+
+// checkImage checks one image, and repairs it if that is wanted.
+func checkImage(ctx context.Context, fsys vfs.FS, l LayerRecord, repair bool) (engine.CheckResult, error) {
 	format, err := formats.Lookup(l.Format)
 	if err != nil {
 		return engine.CheckResult{}, err
 	}
-	layer, err := format.Open(formats.OpenRequest{FS: fsys, Name: l.File, Mode: vfs.ReadOnly})
+	mode := vfs.ReadOnly
+	if repair {
+		mode = vfs.ReadWrite
+	}
+	layer, err := format.Open(formats.OpenRequest{FS: fsys, Name: l.File, Mode: mode})
 	if err != nil {
 		return engine.CheckResult{}, err
 	}
-	result, err := layer.Codec.Check(ctx, nil, func(int64, int64) {})
+	result, err := engine.Check(ctx, layer, repair, func(int64, int64) {})
 	return result, errors.Join(err, layer.Close())
 }
 

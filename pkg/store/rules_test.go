@@ -637,6 +637,42 @@ type locklessFile struct{ vfs.File }
 func (locklessFile) Lock(vfs.LockKind) error { return nil }
 func (locklessFile) Unlock() error           { return nil }
 
+// What a crash leaks is found, and repaired where nobody uses the image.
+func TestCheck_Repair(t *testing.T) {
+	s, m := newStore(t)
+	volume(t, s, "v")
+	a := attach(t, s, "v", "n")
+	writeStamp(t, a, 0, 1)
+	must(t, a.Flush())
+	for off := int64(mib); off < 4*mib; off += 64 << 10 {
+		writeStamp(t, a, off, 1)
+	}
+	left := m.Clone() // killed: what was not flushed is leaked, without the journal
+	must(t, a.Close())
+	s = openStore(t, left)
+	problems := func(repair bool) (open, fixed int) {
+		report, err := s.Check(t.Context(), repair)
+		must(t, err)
+		for _, p := range report.Problems {
+			if p.Fixed {
+				fixed++
+			} else {
+				open++
+			}
+		}
+		return open, fixed
+	}
+	if open, fixed := problems(true); open == 0 || fixed != 0 {
+		t.Errorf("%d problems are open and %d fixed of a volume that is being served", open, fixed)
+	}
+	must(t, s.Unpublish(t.Context(), "v", "n"))
+	if open, fixed := problems(true); open != 0 || fixed == 0 {
+		t.Errorf("%d problems are open and %d fixed", open, fixed)
+	}
+	expectClean(t, s)
+	withVolume(t, s, "v", store.AttachOptions{}, func(d block.Device) { expectStamp(t, d, 0, 1) })
+}
+
 // A full store tells the caller, spoils nothing, and goes on once there is space.
 func TestFullStore(t *testing.T) {
 	m := vfs.NewMem()
