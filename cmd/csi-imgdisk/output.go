@@ -92,5 +92,8 @@ func humanSize(bytes int64) string {
 		value /= 1024
 		unit++
 	}
+	if value >= 1000 { // where %.3g would write an exponent
+		return fmt.Sprintf("%.0f %s", value, sizeUnits[unit])
+	}
 	return fmt.Sprintf("%.3g %s", value, sizeUnits[unit])
 }

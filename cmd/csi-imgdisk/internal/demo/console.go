@@ -89,5 +89,8 @@ func size(bytes int64) string {
 	for value >= 1024 && len(units) > 1 {
 		value, units = value/1024, units[1:]
 	}
+	if value >= 1000 { // where %.3g would write an exponent
+		return fmt.Sprintf("%.0f %s", value, units[0])
+	}
 	return fmt.Sprintf("%.3g %s", value, units[0])
 }
