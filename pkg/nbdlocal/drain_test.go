@@ -191,3 +191,22 @@ func TestDrain_GivesUp(t *testing.T) {
 		t.Errorf("ServeConn: %v", err)
 	}
 }
+
+// TestDrain_Quiet: a connection on which nothing arrives any more ends at once, in
+// whichever way it happens to be waiting.
+func TestDrain_Quiet(t *testing.T) {
+	for _, pause := range []time.Duration{0, 5 * time.Millisecond, 15 * time.Millisecond, 60 * time.Millisecond} {
+		s := NewServer(newMemDevice(mib), Options{})
+		c, result := pipeClient(t, s)
+		c.read(0, 1)
+		time.Sleep(pause)
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		if err := s.Drain(ctx); err != nil {
+			t.Errorf("drain %v after the last request: %v", pause, err)
+		}
+		cancel()
+		if err := <-result; err != nil {
+			t.Errorf("ServeConn: %v", err)
+		}
+	}
+}
