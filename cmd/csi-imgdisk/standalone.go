@@ -175,7 +175,7 @@ func (s *stores) add(ctx context.Context, flag string) error {
 	if s.opened[named.name] != nil {
 		return fmt.Errorf("%w: another store has this name", block.ErrInvalid)
 	}
-	opened, err := named.open(ctx, store.Options{})
+	opened, err := named.open(ctx, store.Options{FinishCreations: true})
 	if err != nil {
 		return err
 	}
