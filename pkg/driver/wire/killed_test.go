@@ -1,8 +1,10 @@
 package wire_test
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"slices"
 	"strings"
 	"syscall"
@@ -13,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/supervisor"
 )
 
 // killRounds is how many volumes live their lives while the driver is being killed.
@@ -39,7 +42,7 @@ func TestKilledDriver(t *testing.T) {
 	}
 	k.end()
 	w.wantEmptyStore()
-	t.Logf("%d volumes, %d kills, %d calls repeated", rounds*4, k.kills, repeats)
+	t.Logf("%d volumes; killed: driver %d times, supervisor or server %d; %d calls repeated", rounds*4, k.kills, k.othersKilled, repeats)
 	if k.kills < rounds {
 		t.Errorf("only %d kills", k.kills)
 	}
@@ -49,26 +52,30 @@ func TestKilledDriver(t *testing.T) {
 type killer struct {
 	*world
 	rand  *rand.Rand
-	kills int
 	stop  chan struct{}
 	ended chan struct{}
+
+	// What follows is for who has seen ended closed.
+	kills        int // of the driver
+	othersKilled int
+	otherKilled  time.Time // the last of them
 }
 
 func (k *killer) run() {
 	defer close(k.ended)
 	for {
-		// Long enough for the driver to have begun: it starts in some 50 ms.
-		life := 60*time.Millisecond + time.Duration(k.rand.Int64N(int64(250*time.Millisecond)))
+		if k.rand.IntN(8) > 0 {
+			k.awaitListening() // else it may be killed while it starts
+		}
 		select {
 		case <-k.stop:
 			return
-		case <-time.After(life):
+		case <-time.After(time.Duration(k.rand.Int64N(int64(250 * time.Millisecond)))):
 		}
-		k.kills++
-		if k.rand.IntN(4) == 0 {
-			k.killOther()
+		if k.rand.IntN(3) == 0 && k.killOther() {
 			continue
 		}
+		k.kills++
 		k.kill()
 		if err := k.start(); err != nil {
 			k.t.Errorf("start the driver: %v", err)
@@ -77,17 +84,49 @@ func (k *killer) run() {
 	}
 }
 
-// killOther kills the supervisor or a volume's server.
-func (k *killer) killOther() {
-	var pids []int
-	for pid, args := range k.processes() {
-		if strings.Contains(args, " supervisor ") || strings.Contains(args, " server ") {
-			pids = append(pids, pid)
+// awaitListening waits until the driver has started, which takes long on a busy machine.
+func (k *killer) awaitListening() {
+	for {
+		conn, err := net.Dial("unix", k.path("csi.sock"))
+		if err == nil {
+			conn.Close()
+			return
+		}
+		select {
+		case <-k.stop:
+			return
+		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	if len(pids) > 0 {
-		_ = syscall.Kill(pids[k.rand.IntN(len(pids))], syscall.SIGKILL) // it may have ended
+}
+
+// otherInterval is how long supervisor and servers are left alone after one of them was
+// killed. If both die together, a device on FUSE is lost: nobody holds it any more.
+const otherInterval = 2 * time.Second
+
+// killOther kills the supervisor or a volume's server, if all have recovered from the
+// last time, and reports whether it has.
+func (k *killer) killOther() bool {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	list, err := supervisor.NewClient(supervisor.SocketPath(k.path("run/supervisor"))).List(ctx)
+	if err != nil || time.Since(k.otherKilled) < otherInterval {
+		return false
 	}
+	for _, at := range list {
+		if at.Phase != supervisor.Serving {
+			return false
+		}
+	}
+	for pid, args := range k.processes() {
+		if strings.Contains(args, " supervisor ") || strings.Contains(args, " server ") {
+			_ = syscall.Kill(pid, syscall.SIGKILL) // it may have ended
+			k.otherKilled = time.Now()
+			k.othersKilled++
+			return true
+		}
+	}
+	return false
 }
 
 func (k *killer) end() {
