@@ -84,9 +84,11 @@ func (k *killer) run() {
 	}
 }
 
-// awaitListening waits until the driver has started, which takes long on a busy machine.
+// awaitListening waits until the driver has started, which takes long on a busy machine,
+// but not for one that has given up.
 func (k *killer) awaitListening() {
-	for {
+	deadline := time.Now().Add(10 * time.Second)
+	for time.Now().Before(deadline) {
 		conn, err := net.Dial("unix", k.path("csi.sock"))
 		if err == nil {
 			conn.Close()
