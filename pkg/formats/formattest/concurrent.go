@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
@@ -75,8 +76,11 @@ func playCrowd(t *testing.T, f Factory, depth int) {
 	if err := errors.Join(c.err, c.rig.close()); err != nil {
 		t.Fatal(err)
 	}
-	left := p.rig.on(mem)
+	left := c.rig.on(mem)
 	got, err := left.inspect()
+	if err == nil && len(got) != len(c.live.bytes) {
+		err = fmt.Errorf("the disk has %d bytes, want %d", len(got), len(c.live.bytes))
+	}
 	if err == nil {
 		err = c.live.settle(0, got)
 	}
@@ -86,9 +90,10 @@ func playCrowd(t *testing.T, f Factory, depth int) {
 	left.checkWithQEMU(t, got)
 }
 
-// play lets everybody do count steps, while somebody flushes.
+// play lets everybody do count steps, while somebody flushes, and somebody grows the disk
+// and pushes overlays.
 func (c *crowd) play(r *rand.Rand, count int) {
-	var workers, flusher sync.WaitGroup
+	var workers, others sync.WaitGroup
 	stop := make(chan bool)
 	for who := range crowdSize {
 		own := rand.New(rand.NewPCG(r.Uint64(), r.Uint64()))
@@ -100,19 +105,54 @@ func (c *crowd) play(r *rand.Rand, count int) {
 			}
 		})
 	}
-	flusher.Go(func() {
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				c.flush()
+	again := func(do func()) {
+		others.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					do()
+				}
 			}
+		})
+	}
+	again(c.flush)
+	changes := 8
+	again(func() {
+		if changes--; changes >= 0 {
+			c.changeShape()
 		}
+		time.Sleep(time.Millisecond)
 	})
 	workers.Wait()
 	close(stop)
-	flusher.Wait()
+	others.Wait()
+}
+
+// changeShape pushes an overlay, or grows the disk. Nobody looks meanwhile: which image
+// is the top is for the store to say.
+func (c *crowd) changeShape() {
+	c.looking.Lock()
+	defer c.looking.Unlock()
+	f := c.rig.f
+	if f.Overlay != nil && c.r.IntN(3) > 0 {
+		if err := c.rig.push(); err != nil {
+			c.fail("push: %w", err)
+		}
+		return
+	}
+	size := c.rig.img.Info().SizeBytes + c.s.quantum
+	if f.CannotGrow || size > c.s.maxGrow {
+		return
+	}
+	if err := c.rig.img.Resize(size); err != nil {
+		c.fail("grow to %d bytes: %w", size, err)
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.live.resize(size)
 }
 
 // fail notes the first thing wrong; everybody stops.
@@ -280,6 +320,7 @@ func (c *crowd) lookAfterKill() error {
 		if err != nil {
 			return err
 		}
+		returned.resize(int64(len(got)))
 		return returned.check(0, got, inFlight)
 	}
 	if c.r.IntN(3) > 0 {
@@ -322,6 +363,7 @@ func (c *crowd) lookAfterCrash() error {
 	if err != nil {
 		return err
 	}
+	durable.resize(int64(len(got)))
 	return durable.check(0, got, append(later, c.begunAfter(begun)...))
 }
 

@@ -75,7 +75,7 @@ func (s *fullStore) fill(t *testing.T) (refused int) {
 	if err := s.p.rig.open(vfs.ReadWrite); err != nil {
 		t.Fatal(err)
 	}
-	limitSpace(t, s.mem, s.r.Int64N(6*f.shape().cluster))
+	limitSpace(t, s.mem, s.r.Int64N(min(6*f.shape().cluster, f.shape().size/4)))
 
 	script := f.script(s.r, mix{opRead: 4, opWrite: 12, opZero: 3, opDiscard: 2, opFlush: 3}, 40)
 	for i, o := range script {
