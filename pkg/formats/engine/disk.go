@@ -183,9 +183,9 @@ func (d *Disk) Base() (*Layer, error) {
 	return d.top(), nil
 }
 
-// Push makes top, an empty overlay on the present top layer that is open for writing,
-// the layer that is written. The old one holds every write that had returned, durably,
-// and never changes again; its lock is lowered to one for reading. Requests wait while
+// Push makes top, an empty overlay on the present top layer (see Base) that is open for
+// writing, the layer that is written. The old one holds every write that had returned,
+// durably, and never changes again; its lock is lowered to one for reading. Requests wait while
 // the last changes are made durable.
 //
 // When Push fails and Layers does not begin with top, nothing has changed, and top stays
