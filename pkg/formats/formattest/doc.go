@@ -27,5 +27,6 @@
 //
 // A failure shows the seed, the steps up to the wrong one, and the bytes. Scripts are
 // made from the seed alone, before anything runs: the same test with IMGDISK_SEED set
-// plays the same steps, fails the same operation, loses the same sectors.
+// plays the same steps, fails the same operation, loses the same sectors. Only crowds of
+// goroutines (Concurrent) and real processes (KillProcess) also depend on the moment.
 package formattest
