@@ -311,6 +311,37 @@ func TestServe_ManyClients(t *testing.T) {
 	}
 }
 
+// flatDevice is a device without clusters, such as a raw file.
+type flatDevice struct{ *memDevice }
+
+func (d flatDevice) Info() block.Info {
+	info := d.memDevice.Info()
+	info.ClusterBytes = 0
+	return info
+}
+
+// TestStructuredReplies_FlatDeviceIsNotSearched: finding where data ends in a flat file can
+// take longer than reading it, so a read must not ask.
+func TestStructuredReplies_FlatDeviceIsNotSearched(t *testing.T) {
+	for _, flat := range []bool{false, true} {
+		mem := newMemDevice(16 * memPage)
+		var dev block.Device = mem
+		if flat {
+			dev = flatDevice{mem}
+		}
+		c, _ := unixClient(t, NewServer(dev, Options{}))
+		c.enter(true)
+		want := "hole"
+		if flat {
+			want = "data"
+		}
+		a := c.do(cmdRead, 0, 0, memPage, nil)
+		if a.errno != 0 || len(a.chunks) != 1 || a.chunks[0] != want {
+			t.Errorf("flat %v: read of a hole: %v, chunks %v, want %s", flat, a.errno, a.chunks, want)
+		}
+	}
+}
+
 func TestStructuredReplies(t *testing.T) {
 	dev := newMemDevice(16 * memPage)
 	broken := errors.New("a text that is to reach the client")
