@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 )
 
 // attachedDevice attaches an image for the time of a test.
@@ -23,7 +25,7 @@ func attachedDevice(t *testing.T, image, runDir string) deviceInfo {
 }
 
 func TestAttach_DeviceLivesThroughKills(t *testing.T) {
-	needRoot(t)
+	testenv.Root(t)
 	dir := t.TempDir()
 	image, runDir := filepath.Join(dir, "x.vmdk"), filepath.Join(dir, "run")
 	ok(t, "image", "create", image, "64M")
@@ -88,7 +90,7 @@ func detachWhenIdle(t *testing.T, device, runDir string) {
 }
 
 func TestAttach_ReadOnly(t *testing.T) {
-	needRoot(t)
+	testenv.Root(t)
 	dir := t.TempDir()
 	image, runDir := filepath.Join(dir, "x.vmdk"), filepath.Join(dir, "run")
 	ok(t, "image", "create", image, "16M")
@@ -136,7 +138,7 @@ func startStandalone(t *testing.T, storeDir, runDir, socket string) (*exec.Cmd, 
 }
 
 func TestStandalone_LeavesTheSupervisorToWhatIsAttached(t *testing.T) {
-	needRoot(t)
+	testenv.Root(t)
 	dir := t.TempDir()
 	storeDir, runDir, socket := filepath.Join(dir, "store"), filepath.Join(dir, "run"), filepath.Join(dir, "csi.sock")
 	if err := os.Mkdir(storeDir, 0o700); err != nil {

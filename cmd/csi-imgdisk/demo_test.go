@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 )
 
 // remains are what a demo could leave on this machine.
@@ -81,7 +83,7 @@ func checkNothingLeft(t *testing.T, tmp string, before []string, out string) {
 }
 
 func TestDemo_WorksAndLeavesNothing(t *testing.T) {
-	needRoot(t)
+	testenv.Root(t)
 	tmp, before := t.TempDir(), runDirs(t)
 	cmd, out := startDemo(t, tmp)
 	if err := cmd.Wait(); err != nil {
@@ -97,8 +99,8 @@ func TestDemo_WorksAndLeavesNothing(t *testing.T) {
 }
 
 func TestDemo_InterruptedAnywhere(t *testing.T) {
-	needRoot(t)
-	r := random(t)
+	testenv.Root(t)
+	r := testenv.Rand(t)
 	rounds := 6
 	if testing.Short() {
 		rounds = 2
@@ -121,7 +123,7 @@ func TestDemo_InterruptedAnywhere(t *testing.T) {
 }
 
 func TestDemo_NobodyListens(t *testing.T) {
-	needRoot(t)
+	testenv.Root(t)
 	tmp, before := t.TempDir(), runDirs(t)
 	reader, writer, err := os.Pipe()
 	if err != nil {
@@ -139,9 +141,9 @@ func TestDemo_NobodyListens(t *testing.T) {
 }
 
 func TestDemo_OwnImage(t *testing.T) {
-	needRoot(t)
-	qemuImg := oracle(t, "qemu-img")
-	sfdisk, mkfs := oracle(t, "sfdisk"), oracle(t, "mkfs.ext4")
+	testenv.Root(t)
+	qemuImg := testenv.Oracle(t, "qemu-img")
+	sfdisk, mkfs := testenv.Oracle(t, "sfdisk"), testenv.Oracle(t, "mkfs.ext4")
 	dir, tmp := t.TempDir(), t.TempDir()
 	raw, image := filepath.Join(dir, "disk.raw"), filepath.Join(dir, "my disk.vmdk")
 	files := filepath.Join(dir, "files")

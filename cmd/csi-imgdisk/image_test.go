@@ -8,12 +8,14 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 )
 
 // chain makes an image and an overlay on it with qemu-img, and returns their paths.
 func chain(t *testing.T) (base, overlay string) {
 	t.Helper()
-	qemuImg, qemuIO := oracle(t, "qemu-img"), oracle(t, "qemu-io")
+	qemuImg, qemuIO := testenv.Oracle(t, "qemu-img"), testenv.Oracle(t, "qemu-io")
 	dir := t.TempDir()
 	base, overlay = filepath.Join(dir, "base.vmdk"), filepath.Join(dir, "overlay.vmdk")
 	tool(t, qemuImg, "create", "-q", "-f", "vmdk", base, "20M")
@@ -52,7 +54,7 @@ func specific(info map[string]any) map[string]any {
 
 func TestInfo_WhileAnotherProcessWrites(t *testing.T) {
 	base, _ := chain(t)
-	cmd := exec.Command(oracle(t, "qemu-io"), base)
+	cmd := exec.Command(testenv.Oracle(t, "qemu-io"), base)
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -158,7 +160,7 @@ func TestConvert_ToAndFro(t *testing.T) {
 }
 
 func TestCreate_ResizeOverlay(t *testing.T) {
-	qemuImg := oracle(t, "qemu-img")
+	qemuImg := testenv.Oracle(t, "qemu-img")
 	dir := t.TempDir()
 	base, overlay := filepath.Join(dir, "a.vmdk"), filepath.Join(dir, "b.vmdk")
 	ok(t, "image", "create", "--cluster-size", "128K", base, "1Gi")

@@ -5,14 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
-	"time"
 )
 
 // binary is csi-imgdisk as users have it, built once for all tests.
@@ -91,45 +88,4 @@ func writeFile(t *testing.T, path string, content []byte) {
 	if err := os.WriteFile(path, content, 0o600); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// oracle returns the path of another program. A missing one skips the test, but fails it
-// in CI, as in pkg/internal/testenv, which this package may not import.
-func oracle(t *testing.T, name string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		missing(t, "oracle %s is not installed", name)
-	}
-	return path
-}
-
-// needRoot skips the test, or in CI fails it, unless it runs as root.
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		missing(t, "needs root")
-	}
-}
-
-func missing(t *testing.T, format string, args ...any) {
-	t.Helper()
-	if os.Getenv("CI") != "" {
-		t.Fatalf(format, args...)
-	}
-	t.Skipf(format, args...)
-}
-
-// random returns a source of randomness whose seed is logged; IMGDISK_SEED replays one.
-func random(t *testing.T) *rand.Rand {
-	t.Helper()
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("IMGDISK_SEED"); s != "" {
-		var err error
-		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
-			t.Fatalf("IMGDISK_SEED=%q: %v", s, err)
-		}
-	}
-	t.Logf("replay with IMGDISK_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, seed))
 }

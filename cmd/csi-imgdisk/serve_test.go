@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 )
 
 // served is a running `csi-imgdisk serve`.
@@ -102,7 +104,7 @@ var (
 // have completed. It returns that number when qemu-io ends, or reports a failure.
 func replay(t *testing.T, uri string, writes []write, progress func(completed int)) int {
 	t.Helper()
-	cmd := exec.Command(oracle(t, "qemu-io"), "-f", "raw", uri)
+	cmd := exec.Command(testenv.Oracle(t, "qemu-io"), "-f", "raw", uri)
 	var script strings.Builder
 	var completes []int // by line of output: how many writes have completed with it
 	for i, w := range writes {
@@ -138,7 +140,7 @@ func replay(t *testing.T, uri string, writes []write, progress func(completed in
 func contents(t *testing.T, source ...string) []byte {
 	t.Helper()
 	raw := filepath.Join(t.TempDir(), "contents.raw")
-	tool(t, oracle(t, "qemu-img"), append(append([]string{"convert", "-O", "raw"}, source...), raw)...)
+	tool(t, testenv.Oracle(t, "qemu-img"), append(append([]string{"convert", "-O", "raw"}, source...), raw)...)
 	b, err := os.ReadFile(raw)
 	if err != nil {
 		t.Fatal(err)
@@ -194,8 +196,8 @@ func lastFlush(writes []write, completed int) int {
 }
 
 func TestServe_KilledUnderLoad(t *testing.T) {
-	oracle(t, "qemu-img")
-	r := random(t)
+	testenv.Oracle(t, "qemu-img")
+	r := testenv.Rand(t)
 	rounds, count := 3, 10000
 	if testing.Short() {
 		rounds, count = 1, 3000
@@ -240,12 +242,12 @@ func killUnderLoad(t *testing.T, r *rand.Rand, count int) {
 }
 
 func TestServe_DrainsOnSIGTERM(t *testing.T) {
-	oracle(t, "qemu-io")
+	testenv.Oracle(t, "qemu-io")
 	dir := t.TempDir()
 	image := filepath.Join(dir, "x.vmdk")
 	ok(t, "image", "create", image, strconv.Itoa(imageBytes))
 	server := startServe(t, image, dir)
-	writes := randomWrites(random(t), 200)
+	writes := randomWrites(testenv.Rand(t), 200)
 	if n := replay(t, server.uri, writes, func(int) {}); n != len(writes) {
 		t.Fatalf("%d of %d writes completed", n, len(writes))
 	}
@@ -276,7 +278,7 @@ func TestServe_OneWriter(t *testing.T) {
 }
 
 func TestServe_ReadOnly(t *testing.T) {
-	qemuIO := oracle(t, "qemu-io")
+	qemuIO := testenv.Oracle(t, "qemu-io")
 	dir := t.TempDir()
 	image := filepath.Join(dir, "x.vmdk")
 	ok(t, "image", "create", image, "10M")
