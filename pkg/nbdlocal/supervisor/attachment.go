@@ -241,6 +241,16 @@ func (a *attachment) stepContext(ctx context.Context) (context.Context, context.
 	return ctx, func() { cancelCause(nil); cancel() }
 }
 
+// isForced says whether a detach by force is wanted, or under way.
+func (a *attachment) isForced() bool {
+	select {
+	case <-a.forced:
+		return true
+	default:
+		return false
+	}
+}
+
 // cleanupContext is for what must be done also when ctx has ended.
 func cleanupContext(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), cleanupPatience)
@@ -459,12 +469,12 @@ func (a *attachment) startServer(ctx context.Context) (Hello, error) {
 	a.rec.PID, a.rec.PIDStart = p.pid, p.start
 	a.publish()
 	if err := a.save(); err != nil {
-		return Hello{}, errors.Join(err, a.destroyServer())
+		return Hello{}, errors.Join(err, a.destroyServer(err))
 	}
 	a.s.at("start: recorded")
 	hello, err := a.firstHello(ctx, p)
 	if err != nil {
-		return Hello{}, errors.Join(err, a.destroyServer())
+		return Hello{}, errors.Join(err, a.destroyServer(err))
 	}
 	a.s.at("start: open")
 	return hello, nil
@@ -498,10 +508,13 @@ func (a *attachment) lock(ctx context.Context) (*os.File, error) {
 	}
 }
 
-// destroyServer kills the server, if there is one.
-func (a *attachment) destroyServer() error {
+// destroyServer kills the server, if there is one: for the log, because of cause.
+func (a *attachment) destroyServer(cause error) error {
 	if a.proc == nil {
 		return nil
+	}
+	if a.proc.alive() {
+		a.log.Warn("server killed", "pid", a.proc.pid, "forced", a.isForced(), "cause", cause)
 	}
 	if err := a.proc.destroy(); err != nil {
 		return err // it may yet go: a.proc stays
@@ -519,7 +532,7 @@ func (a *attachment) endServer(ctx context.Context) error {
 	stopCtx, cancel := cleanupContext(ctx)
 	defer cancel()
 	err := a.proc.stop(stopCtx)
-	return errors.Join(err, a.destroyServer())
+	return errors.Join(err, a.destroyServer(err))
 }
 
 // findServer looks for a server that an earlier supervisor started. One that was only

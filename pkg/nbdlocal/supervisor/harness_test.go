@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -249,17 +250,41 @@ func killServer(t *testing.T, pid int) {
 	}
 }
 
-// events returns what became of an image's openings.
-func (h *harness) events(image string) []string {
-	content, err := os.ReadFile(image + ".events")
-	if err != nil {
-		return nil
-	}
-	return strings.Fields(strings.ReplaceAll(string(content), "close failed", "close-failed"))
+// opening is what one server did with an image.
+type opening struct {
+	pid    string
+	events []string // such as "open", "close"
 }
 
-// checkGone checks that nothing is left of an attachment, and that its image was
-// closed properly and never open twice.
+// openings returns what became of an image's openings, in the order in which they began.
+func (h *harness) openings(image string) []opening {
+	content, err := os.ReadFile(image + ".events")
+	if err != nil {
+		return nil // it was never opened
+	}
+	var list []opening
+	for line := range strings.Lines(string(content)) {
+		what, pid, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if len(list) == 0 || list[len(list)-1].pid != pid {
+			list = append(list, opening{pid: pid})
+		}
+		last := &list[len(list)-1]
+		last.events = append(last.events, what)
+	}
+	return list
+}
+
+// events returns the events of all of an image's openings.
+func (h *harness) events(image string) []string {
+	var events []string
+	for _, o := range h.openings(image) {
+		events = append(events, o.events...)
+	}
+	return events
+}
+
+// checkGone checks that nothing is left of an attachment, and that its image was never
+// open twice and was closed properly by the last that opened it.
 func (h *harness) checkGone(image string) {
 	h.t.Helper()
 	if _, err := os.Stat(h.kernel.path(image, ".dev")); err == nil {
@@ -269,15 +294,37 @@ func (h *harness) checkGone(image string) {
 	if _, err := os.Stat(dir); err == nil {
 		h.t.Errorf("%s: directory %s is left", image, dir)
 	}
-	events := h.events(image)
-	for _, e := range events {
-		if e == "conflict" {
-			h.t.Errorf("%s: opened while it was open: %v", image, events)
+	openings := h.openings(image)
+	if slices.Contains(h.events(image), "conflict") {
+		h.t.Errorf("%s: opened while it was open: %v", image, openings)
+	}
+	if len(openings) > 0 {
+		h.checkClosed(image, openings[len(openings)-1])
+	}
+}
+
+// checkClosed checks that a server closed the image that it had opened, unless it was
+// killed for a detach by force, which does not wait for that.
+func (h *harness) checkClosed(image string, o opening) {
+	h.t.Helper()
+	if o.events[len(o.events)-1] != "close" && !h.killedByForce(o.pid) {
+		h.t.Errorf("%s: not closed by server %s: %v", image, o.pid, h.openings(image))
+	}
+}
+
+// killedByForce says whether the supervisor killed a server for a detach by force.
+func (h *harness) killedByForce(pid string) bool {
+	h.t.Helper()
+	log, err := os.ReadFile(filepath.Join(h.dir, "supervisor.log"))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(log)) {
+		if strings.Contains(line, `msg="server killed"`) && strings.Contains(line, " pid="+pid+" forced=true ") {
+			return true
 		}
 	}
-	if len(events) > 0 && events[len(events)-1] != "close" {
-		h.t.Errorf("%s: not closed: %v", image, events)
-	}
+	return false
 }
 
 // cleanUp leaves no process behind, whatever the test came to.

@@ -90,7 +90,7 @@ type testDevice struct {
 }
 
 // openTestDevice opens an image, exclusively, and writes down what becomes of it in
-// IMAGE.events. A file IMAGE.fail-open makes it fail, with the kind of error that is
+// IMAGE.events, with its process id. A file IMAGE.fail-open makes it fail, with the kind of error that is
 // the file's content; IMAGE.lost appearing later makes the device lost.
 func openTestDevice(ctx context.Context, image string) (Opened, error) {
 	if kind, err := os.ReadFile(image + ".fail-open"); err == nil {
@@ -127,7 +127,7 @@ func openTestDevice(ctx context.Context, image string) (Opened, error) {
 func event(image, what string) {
 	f, err := os.OpenFile(image+".events", os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err == nil {
-		fmt.Fprintln(f, what)
+		fmt.Fprintln(f, what, os.Getpid())
 		f.Close()
 	}
 }
@@ -161,7 +161,7 @@ func (d *testDevice) Info() block.Info {
 func (d *testDevice) Close() error {
 	defer d.f.Close()
 	if _, err := os.Stat(d.image + ".fail-close"); err == nil {
-		event(d.image, "close failed")
+		event(d.image, "close-failed")
 		return fmt.Errorf("%s: %w", d.image, block.ErrNoSpace)
 	}
 	err := d.f.Sync()

@@ -93,7 +93,7 @@ func TestServer_Protocol(t *testing.T) {
 	if outcome, ok := readExit(p.control); !ok || !outcome.Closed || outcome.Error != nil {
 		t.Errorf("outcome: %+v, %v", outcome, ok)
 	}
-	if events, err := os.ReadFile(image + ".events"); err != nil || string(events) != "open\nclose\n" {
+	if events, err := os.ReadFile(image + ".events"); err != nil || string(events) != fmt.Sprintf("open %[1]d\nclose %[1]d\n", p.pid) {
 		t.Errorf("image: %q, %v", events, err)
 	}
 }
@@ -205,7 +205,7 @@ func TestServer_SignalsWhenIdle(t *testing.T) {
 	if err := p.waitGone(testContext(t)); err != nil {
 		t.Fatal(err)
 	}
-	if events, err := os.ReadFile(image + ".events"); err != nil || string(events) != "open\nclose\n" {
+	if events, err := os.ReadFile(image + ".events"); err != nil || string(events) != fmt.Sprintf("open %[1]d\nclose %[1]d\n", p.pid) {
 		t.Errorf("image: %q, %v", events, err)
 	}
 }

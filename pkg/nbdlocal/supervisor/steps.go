@@ -229,6 +229,9 @@ func (a *attachment) adoptNothing(ctx context.Context, cause error) error {
 	return a.lose(ctx, fmt.Errorf("the kernel lost the device while no supervisor ran: %w", cause))
 }
 
+// errSucceeded is why recover kills a server that still lives.
+var errSucceeded = errors.New("the device is given to another")
+
 // recover gives the device to a new server. If an old one still lives it is killed:
 // it may have taken requests that will be given to the new one, and no request may
 // be carried out by two.
@@ -237,7 +240,7 @@ func (a *attachment) recover(ctx context.Context) error {
 		return err
 	}
 	a.s.at("recover: recorded")
-	if err := a.destroyServer(); err != nil {
+	if err := a.destroyServer(errSucceeded); err != nil {
 		return err
 	}
 	if outcome, ok := readExit(filepath.Join(a.dir, controlFile)); ok && outcome.Lost {
@@ -261,7 +264,8 @@ func (a *attachment) recover(ctx context.Context) error {
 		return a.lose(ctx, fmt.Errorf("the kernel lost the device: %w", err))
 	}
 	if err != nil {
-		return errors.Join(a.transportError(procCtx, err), a.destroyServer())
+		err = a.transportError(procCtx, err)
+		return errors.Join(err, a.destroyServer(err))
 	}
 	a.s.at("recover: recovered")
 	if err := a.nowServing(); err != nil {

@@ -197,6 +197,9 @@ func TestConcurrentClients(t *testing.T) {
 			t.Error(err)
 		}
 		h.checkGone(image)
+		for _, o := range h.openings(image) { // no server was killed by anybody else
+			h.checkClosed(image, o)
+		}
 	}
 }
 
