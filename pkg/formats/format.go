@@ -2,7 +2,9 @@ package formats
 
 import (
 	"context"
+	"fmt"
 
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -27,6 +29,11 @@ type Format interface {
 
 	// Options says what Create accepts.
 	Options() Options
+
+	// Measure returns how long the files of an image are together that was created as
+	// req says and holds data in dataBytes of its guest bytes, which are whole
+	// clusters. Space that is reserved counts, holes do not.
+	Measure(req CreateRequest, dataBytes int64) (int64, error)
 }
 
 // ProbeBytes is how much of a file's beginning Probe is shown.
@@ -39,6 +46,7 @@ type OpenRequest struct {
 	Mode vfs.Mode
 	// NoLock opens without locks: for looking at images that somebody else writes.
 	NoLock bool
+	Secret Secret // for encrypted images; nil: no password is known
 }
 
 // CreateRequest says what to create. Zero values mean the format's defaults.
@@ -51,12 +59,22 @@ type CreateRequest struct {
 	Preallocation Preallocation
 	Parent        *Parent           // nil for a base
 	Extra         map[string]string // options of this format only: see Options.Extra
+	Secret        Secret            // for kinds that are encrypted; nil: no password is known
 }
 
 // Parent is what an overlay will stand on.
-type Parent struct {
-	Name  string        // in the same FS; becomes a relative link
-	Layer *engine.Layer // open, for its size and identity
+type Parent = engine.Parent
+
+// Secret returns the password of an encrypted image, by the name of its file. The bytes
+// are the caller's.
+type Secret func(file string) ([]byte, error)
+
+// Ask returns the password of an image; block.ErrInvalid if there is nobody to ask.
+func (s Secret) Ask(file string) ([]byte, error) {
+	if s == nil {
+		return nil, fmt.Errorf("%s is encrypted: %w: want a password (--secret-file)", file, block.ErrInvalid)
+	}
+	return s(file)
 }
 
 // Preallocation is how much space a new image takes at once.

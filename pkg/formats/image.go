@@ -24,6 +24,11 @@ type OpenOptions struct {
 	// ParentFormats names formats of images further down by file name, for parents
 	// whose child does not say; others are probed.
 	ParentFormats map[string]string
+	// Secret is asked for the passwords of encrypted images, parents included.
+	Secret Secret
+	// TableCacheBytes bounds the memory for cached tables, of all layers together; 0
+	// means 32 MiB.
+	TableCacheBytes int64
 	// Journal is where the redo journal is kept; nil: none.
 	Journal *engine.JournalFile
 }
@@ -43,7 +48,7 @@ func Open(ctx context.Context, fs vfs.FS, name string, opts OpenOptions) (*Image
 	if err != nil {
 		return nil, err
 	}
-	disk, err := engine.New(layers, engine.Options{Journal: opts.Journal})
+	disk, err := engine.New(layers, engine.Options{Journal: opts.Journal, TableCacheBytes: opts.TableCacheBytes})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open %s: %w", name, err), closeLayers(layers))
 	}
@@ -56,7 +61,7 @@ func replay(fs vfs.FS, name string, opts OpenOptions) error {
 	if opts.Journal == nil || opts.Mode != vfs.ReadWrite {
 		return nil
 	}
-	layer, err := openLayer(fs, name, opts.Format, opts.Mode, opts.NoLock)
+	layer, err := openLayer(fs, name, opts.Format, opts.Mode, opts)
 	if err != nil {
 		return err
 	}
@@ -84,7 +89,7 @@ func openChain(ctx context.Context, fs vfs.FS, name string, opts OpenOptions) (l
 			return layers, fmt.Errorf("open chain: more than %d layers: %w", MaxDepth, block.ErrUnsupported)
 		}
 		seen[name] = true
-		layer, err := openLayer(fs, name, format, mode, opts.NoLock)
+		layer, err := openLayer(fs, name, format, mode, opts)
 		if err != nil {
 			return layers, err
 		}
@@ -119,7 +124,7 @@ func verifyLink(layers []*engine.Layer) error {
 	return nil
 }
 
-func openLayer(fs vfs.FS, name, format string, mode vfs.Mode, noLock bool) (*engine.Layer, error) {
+func openLayer(fs vfs.FS, name, format string, mode vfs.Mode, opts OpenOptions) (*engine.Layer, error) {
 	f, err := Lookup(format)
 	if format == "" {
 		f, err = Probe(fs, name)
@@ -127,7 +132,7 @@ func openLayer(fs vfs.FS, name, format string, mode vfs.Mode, noLock bool) (*eng
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", name, err)
 	}
-	return f.Open(OpenRequest{FS: fs, Name: name, Mode: mode, NoLock: noLock})
+	return f.Open(OpenRequest{FS: fs, Name: name, Mode: mode, NoLock: opts.NoLock, Secret: opts.Secret})
 }
 
 func closeLayers(layers []*engine.Layer) error {

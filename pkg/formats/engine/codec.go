@@ -16,7 +16,7 @@ import (
 // A Codec reads and changes its tables through its Layer's Tables, whose errors it
 // passes on wrapped. It never writes to the files itself, except through a Commit.
 type Codec interface {
-	// Geometry describes the image. SizeBytes changes with Grow only.
+	// Geometry describes the image. SizeBytes changes with Resize only.
 	Geometry() Geometry
 
 	// Lookup says where the guest bytes at off are: for as long a run as it can
@@ -38,7 +38,8 @@ type Codec interface {
 	Allocate(off, n int64) (Place, error)
 
 	// Set changes the mapping of whole granules [off, off+n): to Data at a place
-	// Allocate gave, to Zero (if Geometry.ZeroState), or to Absent. It returns
+	// Allocate gave, to Zero (if Geometry.ZeroState), to Absent, or of one granule to
+	// Compressed at a place AllocateCompressed gave. It returns
 	// space that nothing refers to any more, which stays untouched until Free. When
 	// it fails, nothing has changed.
 	Set(off, n int64, to State, at Place) (unused []Span, err error)
@@ -60,10 +61,19 @@ type Codec interface {
 	// dirty marks cleared. Everything is committed already.
 	Finish(c *Commit) error
 
-	// Grow enlarges the image to size bytes, crash-safely: durable when it returns,
-	// and either the old or the new size at any moment before. When it fails, the
-	// image is used on at its old size.
-	Grow(c *Commit, size int64) error
+	// Resize gives the image another size, crash-safely: durable when it returns, and
+	// either the old or the new size at any moment before. When it fails, the image
+	// is used on at its old size. Before it shrinks, the engine has set every granule
+	// past the new size to Absent, durably, and zeroed what is past it of the last
+	// one; files of flat images are cut by Resize itself. A kind of image that cannot
+	// grow or shrink returns block.ErrUnsupported.
+	Resize(c *Commit, size int64) error
+
+	// SetParent changes what the image says it stands on; nil: nothing. The mapping
+	// stays. It is durable when it returns, with the old or the new parent at any
+	// moment before. Kinds of images without parents, or that cannot name this one,
+	// return block.ErrUnsupported. The Layer's Parent is changed, too.
+	SetParent(c *Commit, parent *Parent) error
 
 	// Identity returns bytes that change whenever somebody else changes the image,
 	// as far as the format has such; the redo journal is only replayed onto the
@@ -79,6 +89,21 @@ type Codec interface {
 
 	// Close releases what the codec holds; the Layer closes the files.
 	Close() error
+}
+
+// Compressor is a Codec of images that can hold compressed granules. It is used for
+// converting: what guests write is stored plain.
+type Compressor interface {
+	Codec
+
+	// Compress returns the granule at guest offset off, p, as the image stores it,
+	// with markers and padding if the format has such; nil if that does not save
+	// space. It is safe for concurrent use, beside any other method.
+	Compress(off int64, p []byte) ([]byte, error)
+
+	// AllocateCompressed reserves n bytes for the granule at off. It is called as
+	// Allocate is, and followed by Set of the granule to Compressed.
+	AllocateCompressed(off, n int64) (Place, error)
 }
 
 // State is the state of a Run in one layer.
@@ -127,6 +152,9 @@ type Geometry struct {
 	ZeroState         bool  // Set(Zero) is possible
 	ReadOnly          bool  // this kind of image cannot be changed in place (streamOptimized)
 	Cipher            Cipher
+	// Sequential says that only compressed granules can be written, each once and in
+	// ascending order: a streamOptimized image from its creation until it is closed.
+	Sequential bool
 }
 
 // Cipher encrypts the sectors of an image; nil is none. Ranges are whole 512-byte

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"sync"
@@ -13,10 +14,12 @@ import (
 // Disk is a chain of layers as a block.Device. The top layer is written, if it was
 // opened for writing; the others never are.
 type Disk struct {
-	gate    sync.RWMutex // see the package's documentation: Locks
-	layers  []*Layer     // top first; changed with gate and committing held
-	mapping sync.RWMutex
-	claims  claims
+	gate   sync.RWMutex // see the package's documentation: Locks
+	layers []*Layer     // top first; changed with gate and committing held
+	// answering is replaced with layers; its contents are guarded by mapping.
+	answering *answering
+	mapping   sync.RWMutex
+	claims    claims
 
 	// committing is held while tables are committed, and by what must not run
 	// beside a commit: Push, Resize, Close. It is outside gate.
@@ -41,7 +44,8 @@ type Options struct {
 	// Journal keeps changes of tables across a kill of the process; nil: they are
 	// lost with it, back to the last flush. It must have been replayed (Replay).
 	Journal *JournalFile
-	// TableCacheBytes bounds the memory of each layer's table cache; 0 means 32 MiB.
+	// TableCacheBytes bounds the memory for cached tables, of all layers together; 0
+	// means 32 MiB. A layer keeps a few pages whatever it is.
 	TableCacheBytes int64
 }
 
@@ -55,8 +59,9 @@ func New(layers []*Layer, opts Options) (*Disk, error) {
 	d.claims.init()
 	d.flusher.init()
 	for _, l := range layers {
-		l.prepare(opts)
+		l.prepare()
 	}
+	d.chainChanged()
 	top := layers[0]
 	d.size.Store(top.geometry.SizeBytes)
 	if opts.Journal != nil && d.writable() == nil {
@@ -71,7 +76,7 @@ func New(layers []*Layer, opts Options) (*Disk, error) {
 }
 
 // prepare makes what the engine keeps per layer.
-func (l *Layer) prepare(opts Options) {
+func (l *Layer) prepare() {
 	l.geometry = l.Codec.Geometry()
 	l.unsynced = make([]atomic.Bool, len(l.Files))
 	for i := range l.unsynced {
@@ -79,8 +84,19 @@ func (l *Layer) prepare(opts Options) {
 		// clients were told that it is written: the next flush has to cover it.
 		l.unsynced[i].Store(l.Writable)
 	}
-	if opts.TableCacheBytes > 0 {
-		l.Tables.maxPages = int(max(opts.TableCacheBytes/pageBytes, tableShards))
+}
+
+// chainChanged fits to the chain what is kept beside it: nobody uses the disk.
+func (d *Disk) chainChanged() {
+	d.answering = newAnswering(len(d.layers), d.top().geometry.SizeBytes)
+	budget := cmp.Or(d.options.TableCacheBytes, defaultTableCacheBytes)
+	share := budget
+	if len(d.layers) > 1 {
+		d.top().Tables.setLimit(budget / 2)
+		share = budget / 2 / int64(len(d.layers)-1)
+	}
+	for _, l := range d.layers[min(1, len(d.layers)-1):] {
+		l.Tables.setLimit(share)
 	}
 }
 
@@ -221,8 +237,9 @@ func (d *Disk) switchTop(top *Layer) (old *Layer, err error) {
 	}
 	old.changed = d.begun.Load()
 	old.Tables.record = nil
-	top.prepare(d.options)
+	top.prepare()
 	d.layers = append([]*Layer{top}, d.layers...)
+	d.chainChanged()
 	d.begun.Store(false)
 	d.recordTop()
 	d.size.Store(top.geometry.SizeBytes)
@@ -247,55 +264,6 @@ func (d *Disk) freeze(l *Layer) error {
 		if err := f.Lock(vfs.LockRead); err != nil && !errors.Is(err, errors.ErrUnsupported) {
 			return fmt.Errorf("lower the lock of %s: %w", f.Name(), err)
 		}
-	}
-	return nil
-}
-
-// Resize grows the disk. A smaller size than the present one is refused. It is durable
-// when Resize returns; requests wait meanwhile.
-func (d *Disk) Resize(sizeBytes int64) error {
-	if err := d.Flush(); err != nil {
-		return err
-	}
-	d.committing.Lock()
-	defer d.committing.Unlock()
-	d.gate.Lock()
-	defer d.gate.Unlock()
-	top, now := d.top(), d.size.Load()
-	switch {
-	case sizeBytes == now:
-		return nil
-	case sizeBytes < now:
-		return fmt.Errorf("resize %s from %d to %d bytes: %w: an image cannot shrink", top.Name, now, sizeBytes, block.ErrUnsupported)
-	}
-	if err := errors.Join(d.writable(), d.poisoned()); err != nil {
-		return fmt.Errorf("resize %s: %w", top.Name, err)
-	}
-	if err := errors.Join(d.begin(), d.commit(gateHeld)); err != nil {
-		return fmt.Errorf("resize %s: %w", top.Name, err)
-	}
-	return d.grow(sizeBytes)
-}
-
-// grow has the codec grow the image; gate is held exclusively.
-func (d *Disk) grow(sizeBytes int64) error {
-	d.mapping.Lock()
-	defer d.mapping.Unlock()
-	top := d.top()
-	c := bareCommit(top)
-	err := top.Codec.Grow(c, sizeBytes)
-	if err == nil {
-		if err = c.Sync(); err != nil {
-			// The codec has grown, the disk may not have: nobody may rely on either.
-			d.poison.Store(&err)
-		}
-	}
-	top.Tables.letGo()
-	top.geometry = top.Codec.Geometry()
-	d.size.Store(top.geometry.SizeBytes)
-	d.journal.start(top.journalIdentity())
-	if err != nil {
-		return fmt.Errorf("resize %s to %d bytes: %w", top.Name, sizeBytes, err)
 	}
 	return nil
 }

@@ -144,7 +144,7 @@ func Replay(l *Layer, file *JournalFile) (applied bool, err error) {
 		return false, err
 	}
 	if len(records) > 0 {
-		l.prepare(Options{})
+		l.prepare()
 		if err := l.replay(records); err != nil {
 			return false, fmt.Errorf("replay the journal of %s: %w", l.Name, err)
 		}

@@ -34,6 +34,12 @@ type ParentLink struct {
 	Verify func(parent *Layer) error
 }
 
+// Parent is what an image is to stand on.
+type Parent struct {
+	Name  string // in the same file system; becomes a relative link
+	Layer *Layer // open, for its format, size and identity
+}
+
 // NewLayer returns a layer without a codec, for a format's Open to fill: it reads
 // headers from files, makes its codec on the layer's Tables and sets Codec and Parent.
 // The layer owns files from now on.

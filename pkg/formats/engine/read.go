@@ -24,7 +24,7 @@ func (d *Disk) readChain(first int, p []byte, off int64) (int, error) {
 	done := 0
 	for done < len(p) {
 		at := off + int64(done)
-		i, run, err := d.resolve(first, at, int64(len(p)-done))
+		i, run, err := d.resolveLong(first, at, int64(len(p)-done))
 		if err != nil {
 			return done, err
 		}
@@ -37,11 +37,45 @@ func (d *Disk) readChain(first int, p []byte, off int64) (int, error) {
 	return done, nil
 }
 
+// resolveLong is resolve for as long as it can be read at once: what is remembered about
+// layers ends at fixed borders, which data does not.
+func (d *Disk) resolveLong(first int, off, n int64) (int, Run, error) {
+	i, run, err := d.resolve(first, off, n)
+	if err != nil || d.answering == nil {
+		return i, run, err
+	}
+	for run.Len < n {
+		next, more, err := d.resolve(first, off+run.Len, n-run.Len)
+		if err != nil || next != i || !run.continuedBy(more) {
+			break // an error is met again by who reads there
+		}
+		run.Len += more.Len
+	}
+	return i, run, nil
+}
+
+// continuedBy reports whether next, which follows in the guest, follows in the file, too.
+func (r Run) continuedBy(next Run) bool {
+	switch {
+	case r.State != next.State || r.File != next.File || r.Flat != next.Flat:
+		return false
+	case r.State == Data:
+		return r.FileOff+r.Len == next.FileOff
+	case r.State == Compressed:
+		return r.GranuleOff == next.GranuleOff
+	}
+	return true
+}
+
 // resolve finds the layer that holds the guest bytes at off, from layer first
 // downwards. An Absent run means that none does: the bytes are zero.
 func (d *Disk) resolve(first int, off, n int64) (int, Run, error) {
 	d.mapping.RLock()
 	defer d.mapping.RUnlock()
+	if d.answering != nil && n <= maxAnsweringRead {
+		layer, end := d.answeringLayer(off)
+		first, n = max(first, layer), min(n, end-off)
+	}
 	for i := first; i < len(d.layers); i++ {
 		l := d.layers[i]
 		if off >= l.geometry.SizeBytes {
@@ -60,6 +94,40 @@ func (d *Disk) resolve(first int, off, n int64) (int, Run, error) {
 		n = run.Len
 	}
 	return len(d.layers), Run{State: Absent, Len: n}, nil
+}
+
+// maxAnsweringRead is the most that is looked up in ranges of which the answering layer
+// is remembered. Who asks for more, for a map of the disk, gets long answers instead.
+const maxAnsweringRead = 8 << 20
+
+// answeringLayer returns the first layer that holds anything in the range off lies in,
+// and the range's end. The mapping lock is held.
+func (d *Disk) answeringLayer(off int64) (layer int, end int64) {
+	layer, end, ok := d.answering.first(off)
+	if !ok {
+		layer = d.findAnswering(end-answeringRange, end)
+		d.answering.remember(off, layer)
+	}
+	return layer, end
+}
+
+// findAnswering returns the first layer that is not Absent in all of [from, to), which may
+// reach past the end of the disk. A layer that fails or ends counts: who reads will see.
+func (d *Disk) findAnswering(from, to int64) int {
+	to = min(to, d.size.Load())
+	for i, l := range d.layers {
+		if l.geometry.SizeBytes < to {
+			return i
+		}
+		for at := from; at < to; {
+			run, err := l.Codec.Lookup(at, to-at)
+			if err != nil || run.State != Absent || run.Len <= 0 {
+				return i
+			}
+			at += run.Len
+		}
+	}
+	return len(d.layers)
 }
 
 // readRun reads the bytes of a run of layer i.

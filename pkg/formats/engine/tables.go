@@ -14,11 +14,12 @@ import (
 type Stage uint8
 
 const (
-	sectorBytes     = 512
-	pageBytes       = 4096
-	sectorsPerPage  = pageBytes / sectorBytes
-	tableShards     = 16
-	defaultMaxPages = 32 << 20 / pageBytes
+	sectorBytes    = 512
+	pageBytes      = 4096
+	sectorsPerPage = pageBytes / sectorBytes
+	tableShards    = 16
+
+	defaultTableCacheBytes = 32 << 20
 )
 
 // Tables is a codec's view of the table sectors in its files: reads come from a bounded
@@ -61,7 +62,7 @@ type page struct {
 
 func newTables(files []vfs.File) *Tables {
 	t := &Tables{
-		files: files, maxPages: defaultMaxPages,
+		files: files, maxPages: defaultTableCacheBytes / pageBytes,
 		held: map[pageKey]*page{}, dirty: map[pageKey]*page{}, reserve: make([]bool, len(files)), reserved: map[pageKey]struct{}{},
 	}
 	for i := range t.shards {
@@ -72,6 +73,9 @@ func newTables(files []vfs.File) *Tables {
 	}
 	return t
 }
+
+// setLimit bounds the memory of clean pages.
+func (t *Tables) setLimit(bytes int64) { t.maxPages = int(max(bytes/pageBytes, 2*tableShards)) }
 
 // View returns the table bytes from off to the end of their cached page: at least one,
 // at most 4096. They must not be changed, and not be used after the Codec method that
@@ -218,8 +222,10 @@ func (t *Tables) page(key pageKey) (*page, error) {
 	if other := s.pages[key]; other != nil {
 		return other, nil // read twice at once: both are the same
 	}
-	if len(s.pages) >= t.maxPages/tableShards {
-		s.evict()
+	for range 2 { // the limit may have been lowered
+		if len(s.pages) >= t.maxPages/tableShards {
+			s.evict()
+		}
 	}
 	s.pages[key] = p
 	return p, nil

@@ -232,6 +232,7 @@ func (d *Disk) set(start, n int64, to State, at Place) error {
 	}
 	d.unused = append(d.unused, unused...)
 	d.inflated.dropRange(l, start, n)
+	d.answering.forget(start, n)
 	if l.Tables.dirtyBytes() > int64(l.Tables.maxPages)*pageBytes/2 || d.journal.large() {
 		d.pressure.Store(true)
 	}

@@ -69,6 +69,8 @@ func (f toy) Options() formats.Options {
 	}
 }
 
+func (toy) Measure(_ formats.CreateRequest, dataBytes int64) (int64, error) { return dataBytes, nil }
+
 var toyWaste []byte // keeps what a bug allocates
 
 type toyHeader struct {
@@ -382,9 +384,9 @@ func (c *toyCodec) Commit(commit *engine.Commit) error {
 
 func (c *toyCodec) Finish(*engine.Commit) error { return c.space.Trim() }
 
-func (c *toyCodec) Grow(commit *engine.Commit, size int64) error {
-	if !c.bug.is("grow takes any size") && (size <= c.h.size || toyAlign(size)/toyClusterBytes > c.h.entries || size%512 != 0) {
-		return fmt.Errorf("toy: grow to %d bytes: %w", size, block.ErrInvalid)
+func (c *toyCodec) Resize(commit *engine.Commit, size int64) error {
+	if !c.bug.is("grow takes any size") && (size <= 0 || toyAlign(size)/toyClusterBytes > c.h.entries || size%512 != 0) {
+		return fmt.Errorf("toy: resize to %d bytes: %w", size, block.ErrInvalid)
 	}
 	h := c.h
 	h.size = size
@@ -395,6 +397,25 @@ func (c *toyCodec) Grow(commit *engine.Commit, size int64) error {
 		return err
 	}
 	c.h = h
+	return nil
+}
+
+func (c *toyCodec) SetParent(commit *engine.Commit, parent *engine.Parent) error {
+	h := c.h
+	h.parent = ""
+	if parent != nil {
+		h.parent = vfs.RelativeLink(c.l.Name, parent.Name)
+	}
+	if err := commit.WriteAt(0, h.marshal(), 0); err != nil {
+		return err
+	}
+	if err := commit.Sync(); err != nil {
+		return err
+	}
+	c.h, c.l.Parent = h, nil
+	if parent != nil {
+		c.l.Parent = &engine.ParentLink{Name: parent.Name, Format: c.Name()}
+	}
 	return nil
 }
 

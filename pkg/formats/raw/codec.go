@@ -54,11 +54,16 @@ func (c *codec) Begin(*engine.Commit) error  { return nil }
 func (c *codec) Commit(*engine.Commit) error { return nil }
 func (c *codec) Finish(*engine.Commit) error { return nil }
 
-// Grow is one change of the file's length. Until it is durable, a crash leaves the old
+// SetParent refuses: a raw image stands on nothing.
+func (c *codec) SetParent(*engine.Commit, *engine.Parent) error {
+	return fmt.Errorf("raw: parent of %s: %w: a raw image stands on nothing", c.file.Name(), block.ErrUnsupported)
+}
+
+// Resize is one change of the file's length. Until it is durable, a crash leaves the old
 // one, the new one, or on some file systems one between.
-func (c *codec) Grow(commit *engine.Commit, size int64) error {
-	if size < c.sizeBytes || size > maxSizeBytes || size%sectorBytes != 0 {
-		return fmt.Errorf("raw: grow %s from %d to %d bytes: %w: want a greater multiple of %d, at most %d",
+func (c *codec) Resize(commit *engine.Commit, size int64) error {
+	if size < 0 || size > maxSizeBytes || size%sectorBytes != 0 {
+		return fmt.Errorf("raw: resize %s from %d to %d bytes: %w: want a multiple of %d, at most %d",
 			c.file.Name(), c.sizeBytes, size, block.ErrInvalid, sectorBytes, int64(maxSizeBytes))
 	}
 	if err := commit.Truncate(0, size); err != nil {

@@ -37,6 +37,14 @@ func (Format) Options() formats.Options {
 	}
 }
 
+// Measure returns the guest size if it is reserved, else how much of it holds data.
+func (Format) Measure(req formats.CreateRequest, dataBytes int64) (int64, error) {
+	if req.Preallocation == formats.PreallocateFalloc || req.Preallocation == formats.PreallocateFull {
+		return req.SizeBytes, nil
+	}
+	return dataBytes, nil
+}
+
 // Open opens a file as it is.
 func (Format) Open(req formats.OpenRequest) (*engine.Layer, error) {
 	f, err := req.FS.Open(req.Name, req.Mode)

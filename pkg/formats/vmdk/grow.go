@@ -12,8 +12,8 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 
-// Grow enlarges an image of one extent.
-func (m *image) Grow(c *engine.Commit, size int64) error {
+// Resize enlarges an image of one extent.
+func (m *image) Resize(c *engine.Commit, size int64) error {
 	err := m.checkGrow(size)
 	if err == nil && size > m.sizeBytes {
 		if e := &m.extents[0]; e.sparse != nil {
@@ -23,7 +23,7 @@ func (m *image) Grow(c *engine.Commit, size int64) error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("vmdk: grow %s from %d to %d bytes: %w", m.layer.Name, m.sizeBytes, size, err)
+		return fmt.Errorf("vmdk: resize %s from %d to %d bytes: %w", m.layer.Name, m.sizeBytes, size, err)
 	}
 	return nil
 }

@@ -47,3 +47,8 @@ func (m *image) verifyParent(parent *engine.Layer) error {
 	}
 	return nil
 }
+
+// SetParent is not possible yet.
+func (m *image) SetParent(*engine.Commit, *engine.Parent) error {
+	return fmt.Errorf("vmdk: change the parent of %s: %w", m.layer.Name, unsupported("parents are given at creation"))
+}
