@@ -208,6 +208,9 @@ func (d *Disk) reserve(start, end int64) (Place, error) {
 	if err != nil {
 		return place, fmt.Errorf("%s: %s: allocate for guest offset %d: %w", l.Format, l.Name, start, err)
 	}
+	// The file may have become longer, which has to be durable before the mapping is,
+	// also if nothing is written because the new space is zero as it should be.
+	l.unsynced[place.File].Store(true)
 	d.stats.allocations.Add(1)
 	return place, nil
 }
