@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -192,17 +191,17 @@ func waitGone(t *testing.T, runDir string) {
 // processesWith lists the program's processes that have something among their arguments.
 func processesWith(t *testing.T, what string) (list []string) {
 	t.Helper()
-	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	links, err := filepath.Glob("/proc/[0-9]*/exe")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range files {
-		args, err := os.ReadFile(path)
-		if errors.Is(err, os.ErrNotExist) || err != nil {
-			continue // it has ended
+	for _, link := range links {
+		if exe, err := os.Readlink(link); err != nil || exe != binary {
+			continue // another program, or it has ended
 		}
-		if bytes.HasPrefix(args, []byte(binary+"\x00")) && bytes.Contains(args, []byte(what)) {
-			list = append(list, string(bytes.ReplaceAll(args, []byte{0}, []byte{' '})))
+		args, err := os.ReadFile(filepath.Join(filepath.Dir(link), "cmdline"))
+		if err == nil && bytes.Contains(args, []byte(what)) {
+			list = append(list, filepath.Base(filepath.Dir(link))+": "+string(bytes.ReplaceAll(args, []byte{0}, []byte{' '})))
 		}
 	}
 	return list

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -72,12 +73,12 @@ func standalone(cmd *cobra.Command, opts standaloneOptions) error {
 	ctx := cmd.Context()
 	stores, err := openStores(ctx, opts.stores)
 	if err != nil {
-		return err
+		return unlessTold(ctx, err)
 	}
 	defer stores.close()
 	client, err := ensureSupervisor(ctx, opts.run)
 	if err != nil {
-		return err
+		return unlessTold(ctx, err)
 	}
 	d, err := driver.New(driver.Config{
 		Version:    version,
@@ -91,15 +92,31 @@ func standalone(cmd *cobra.Command, opts standaloneOptions) error {
 	if err != nil {
 		return err
 	}
-	background, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go keepSupervisor(background, opts.run)
-	go stores.collect(background)
-	if err := d.Run(ctx, opts.endpoint); err != nil {
-		return err
+	err = runWithSupervisor(ctx, d, stores, opts)
+	if errors.Is(err, block.ErrBusy) {
+		return err // the endpoint is another driver's, and the supervisor perhaps, too
 	}
-	cancel()
-	return stopSupervisor(cmd, client)
+	return errors.Join(unlessTold(ctx, err), stopSupervisor(cmd, client, opts.run))
+}
+
+// unlessTold returns err, but nil if it says that ctx was ended: by a signal, which may
+// come at any time and is obeyed.
+func unlessTold(ctx context.Context, err error) error {
+	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// runWithSupervisor runs the driver, and keeps its supervisor running meanwhile.
+func runWithSupervisor(ctx context.Context, d *driver.Driver, stores *stores, opts standaloneOptions) error {
+	var keeping sync.WaitGroup
+	defer keeping.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	keeping.Go(func() { keepSupervisor(ctx, opts.run) })
+	go stores.collect(ctx) // not waited for: a store may hang
+	return d.Run(ctx, opts.endpoint)
 }
 
 // serverArgs adds where this machine's state is kept to what the driver's wiring makes.
@@ -127,15 +144,12 @@ func keepSupervisor(ctx context.Context, run runDir) {
 	}
 }
 
-// stopSupervisor ends the supervisor if nothing is attached, else says what stays.
-func stopSupervisor(cmd *cobra.Command, client *supervisor.Client) error {
+// stopSupervisor ends the supervisor if nothing is attached, else says what stays. Nobody
+// may start one meanwhile.
+func stopSupervisor(cmd *cobra.Command, client *supervisor.Client, run runDir) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(cmd.Context()), stopPatience)
 	defer cancel()
-	err := client.Stop(ctx)
-	switch {
-	case errors.Is(err, supervisor.ErrNotRunning):
-		return nil
-	case !errors.Is(err, block.ErrBusy):
+	if err := supervisor.Stop(ctx, run.supervisor()); !errors.Is(err, block.ErrBusy) {
 		return err
 	}
 	list, err := client.List(ctx)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -39,8 +40,12 @@ func newSupervisorCommand() *cobra.Command {
 	return cmd
 }
 
+// startPatience is how long the supervisor may take to answer once it has been started.
+const startPatience = 30 * time.Second
+
 // ensureSupervisor returns a client of this machine's supervisor, which is started if it
-// does not run.
+// does not run. A start that has begun is finished also when ctx ends: a supervisor that
+// is told to stop should be one that has come to be.
 func ensureSupervisor(ctx context.Context, run runDir) (*supervisor.Client, error) {
 	if os.Geteuid() != 0 {
 		return nil, fmt.Errorf("block devices can be made by root only")
@@ -48,6 +53,11 @@ func ensureSupervisor(ctx context.Context, run runDir) (*supervisor.Client, erro
 	if err := run.prepare(); err != nil {
 		return nil, err
 	}
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("start the supervisor: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startPatience)
+	defer cancel()
 	return supervisor.Ensure(ctx, supervisor.EnsureConfig{
 		StateDir: run.supervisor(),
 		Args:     []string{"supervisor", "--run-dir", string(run)},

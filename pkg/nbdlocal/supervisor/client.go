@@ -105,8 +105,8 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 }
 
 // Stop ends a supervisor that has no attachments, else block.ErrBusy. It returns when
-// the supervisor is ending, which takes a moment more. The state directory stays, with
-// a lock file and perhaps a log in it.
+// the supervisor is ending, which takes a moment more: the function Stop waits for
+// that. The state directory stays, with a lock file and perhaps a log in it.
 func (c *Client) Stop(ctx context.Context) error {
 	return c.do(ctx, http.MethodPost, "/v1/stop", nil, nil)
 }

@@ -27,7 +27,7 @@
 //
 // A directory on tmpfs (it must not survive a reboot, and does not count if it does):
 //
-//	supervisor.lock              held by the supervisor
+//	supervisor.lock              held by the supervisor, from before it starts until it ends
 //	api.sock, supervisor.log     the API; the log of one that Ensure started
 //	attachments/HASH/            per attachment, named for a hash of its ID:
 //	    record.json              the record: request, phase, the transport's state
@@ -98,5 +98,5 @@
 //
 // api.go; server.go (a server's side: RunServer); process.go (the supervisor's side of a
 // server); attachment.go and steps.go (an attachment's life); supervisor.go, http.go;
-// client.go, ensure.go.
+// client.go, ensure.go, lock.go.
 package supervisor

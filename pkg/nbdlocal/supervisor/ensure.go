@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 )
 
 // EnsureConfig says which supervisor to find or start.
@@ -17,7 +19,8 @@ type EnsureConfig struct {
 	// StateDir is the supervisor's; it is made, mode 0700, if its parent exists.
 	StateDir string
 	// Binary and Args start a supervisor for StateDir, in the foreground; Binary ""
-	// is this process's own. Its working directory is "/".
+	// is this process's own. Its working directory is "/", and it inherits the
+	// directory's lock, which Supervisor.Run finds by itself.
 	Binary string
 	Args   []string
 	// Env is added to its environment.
@@ -25,60 +28,50 @@ type EnsureConfig struct {
 }
 
 const (
-	// ensurePoll is how often a starting supervisor is asked whether it answers.
+	// ensurePoll is how often a supervisor that is starting or ending is looked at.
 	ensurePoll = 10 * time.Millisecond
-	// ensureStarts is how often one that ends before it answers is started: one may
-	// lose against another that was started, or stopped, at the same time.
+	// ensureStarts is how often one that ends before it answers is started: it may
+	// have been stopped at the same time.
 	ensureStarts = 3
 )
 
 // Ensure returns a client of the supervisor that runs in a state directory. If none
 // does it starts one, as a daemon with a session and a log (supervisor.log) of its
 // own that outlives the caller, and waits until it answers. Concurrent callers get
-// the same supervisor.
+// the same supervisor. One whose start ctx cut short may yet come to run: Stop ends it.
 func Ensure(ctx context.Context, cfg EnsureConfig) (*Client, error) {
 	client := NewClient(SocketPath(cfg.StateDir))
-	err := answers(ctx, client)
-	for range ensureStarts {
-		if !errors.Is(err, ErrNotRunning) || ctx.Err() != nil {
-			break
-		}
-		err = startDaemon(ctx, cfg, client)
-	}
-	if err != nil {
+	if err := ensure(ctx, cfg, client); err != nil {
 		return nil, fmt.Errorf("supervisor in %s: %w", cfg.StateDir, err)
 	}
 	return client, nil
 }
 
-func answers(ctx context.Context, client *Client) error {
-	_, err := client.List(ctx)
-	return err
-}
-
-// startDaemon starts a supervisor and waits until one answers. ErrNotRunning means
-// that it has ended instead.
-func startDaemon(ctx context.Context, cfg EnsureConfig, client *Client) error {
+func ensure(ctx context.Context, cfg EnsureConfig, client *Client) error {
 	if err := os.Mkdir(cfg.StateDir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("make state directory: %w", err)
 	}
 	logPath := filepath.Join(cfg.StateDir, "supervisor.log")
-	ended, err := spawnDaemon(cfg, logPath)
-	if err != nil {
-		return err
-	}
-	for {
+	for starts := 0; ; {
 		err := answers(ctx, client)
 		if !errors.Is(err, ErrNotRunning) {
 			return err
 		}
-		select {
-		case <-ended:
-			// If it lost against another one, that is starting, or ending.
-			if !isLocked(cfg.StateDir) {
-				return fmt.Errorf("it ended when it was started; the end of %s: %s: %w", logPath, lastLine(logPath), ErrNotRunning)
-			}
+		lock, err := lockSupervisor(cfg.StateDir)
+		switch {
+		case errors.Is(err, block.ErrLocked): // one is starting, or ending
+		case err != nil:
+			return err
+		case starts == ensureStarts:
+			lock.Close()
+			return fmt.Errorf("it ended when it was started; the end of %s: %s: %w", logPath, lastLine(logPath), ErrNotRunning)
 		default:
+			starts++
+			err := spawnDaemon(cfg, logPath, lock)
+			lock.Close() // the daemon has it now
+			if err != nil {
+				return err
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -88,11 +81,16 @@ func startDaemon(ctx context.Context, cfg EnsureConfig, client *Client) error {
 	}
 }
 
-// spawnDaemon starts the process; the channel is closed when it ends.
-func spawnDaemon(cfg EnsureConfig, logPath string) (ended <-chan struct{}, err error) {
+func answers(ctx context.Context, client *Client) error {
+	_, err := client.List(ctx)
+	return err
+}
+
+// spawnDaemon starts the process, which inherits the state directory's lock.
+func spawnDaemon(cfg EnsureConfig, logPath string, lock *os.File) error {
 	log, err := os.OpenFile(logPath, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("open supervisor's log: %w", err)
+		return fmt.Errorf("open supervisor's log: %w", err)
 	}
 	defer log.Close()
 	binary := cfg.Binary
@@ -102,16 +100,32 @@ func spawnDaemon(cfg EnsureConfig, logPath string) (ended <-chan struct{}, err e
 	cmd := exec.Command(binary, cfg.Args...)
 	cmd.Args[0] = "csi-imgdisk"
 	cmd.Dir = "/"
-	cmd.Env = append(os.Environ(), cfg.Env...)
+	cmd.Env = append(append(os.Environ(), cfg.Env...), fmt.Sprintf("%s=%d", inheritedLockEnv, inheritedLockFD))
 	cmd.Stdout, cmd.Stderr = log, log
+	cmd.ExtraFiles = []*os.File{lock}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start supervisor: %w", err)
+		return fmt.Errorf("start supervisor: %w", err)
 	}
-	done := make(chan struct{})
-	go func() {
-		_ = cmd.Wait()
-		close(done)
-	}()
-	return done, nil
+	go func() { _ = cmd.Wait() }() // its log says how it ended
+	return nil
+}
+
+// Stop ends the supervisor of a state directory, also one that is only starting, and
+// returns once it has let go of the directory, or when ctx ends. nil also means that
+// there is none; block.ErrBusy means that it has attachments and goes on.
+func Stop(ctx context.Context, stateDir string) error {
+	client := NewClient(SocketPath(stateDir))
+	var err error
+	for isLocked(stateDir) {
+		if err = client.Stop(ctx); err != nil && !errors.Is(err, ErrNotRunning) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("stop supervisor in %s: %w", stateDir, errors.Join(err, ctx.Err()))
+		case <-time.After(ensurePoll):
+		}
+	}
+	return nil
 }

@@ -14,8 +14,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
 )
@@ -146,33 +144,14 @@ func (s *Supervisor) Run(ctx context.Context) error {
 
 // lock makes sure that there is one supervisor for a state directory.
 func (s *Supervisor) lock() (*os.File, error) {
-	path := lockPath(s.cfg.StateDir)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := inheritedLock(s.cfg.StateDir)
+	if f == nil && err == nil {
+		f, err = lockSupervisor(s.cfg.StateDir)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("supervisor: %w", err)
 	}
-	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EAGAIN) {
-			err = block.ErrLocked
-		}
-		return nil, fmt.Errorf("supervisor: lock %s: %w", path, err)
-	}
 	return f, nil
-}
-
-func lockPath(stateDir string) string { return filepath.Join(stateDir, "supervisor.lock") }
-
-// isLocked says whether a supervisor runs for a state directory, or is starting or
-// ending. It does not get in its way.
-func isLocked(stateDir string) bool {
-	f, err := os.Open(lockPath(stateDir))
-	if err != nil {
-		return false
-	}
-	defer f.Close()
-	lock := unix.Flock_t{Type: unix.F_WRLCK}
-	return unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lock) == nil && lock.Type != unix.F_UNLCK
 }
 
 // listen makes the API's socket, replacing a dead supervisor's.
