@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
@@ -17,7 +18,7 @@ const chainUnit = 64 << 10 // a grain
 
 // newChain makes a chain of VMDK layers, each with some grains of its own, and returns
 // what it reads and the name of its top.
-func newChain(t *testing.T, fsys vfs.FS, r *rand.Rand, depth, grains int) (want []byte, top string) {
+func newChain(t testing.TB, fsys vfs.FS, r *rand.Rand, depth, grains int) (want []byte, top string) {
 	t.Helper()
 	want = make([]byte, grains*chainUnit)
 	for i := range depth {
@@ -55,7 +56,7 @@ func newChain(t *testing.T, fsys vfs.FS, r *rand.Rand, depth, grains int) (want 
 	return want, top
 }
 
-func openVMDK(t *testing.T, fsys vfs.FS, name string) *formats.Image {
+func openVMDK(t testing.TB, fsys vfs.FS, name string) *formats.Image {
 	t.Helper()
 	if _, err := formats.Lookup("vmdk"); err != nil {
 		formats.Register(vmdk.Format{})
@@ -128,4 +129,41 @@ func TestPull_MakesParentsSuperfluous(t *testing.T) {
 	if !bytes.Equal(got, want) {
 		t.Error("without its parents the image reads otherwise")
 	}
+}
+
+// BenchmarkChainRead reads 4 KiB blocks through chains whose layers each hold some of
+// them, on a file system in memory.
+func BenchmarkChainRead(b *testing.B) {
+	for _, depth := range []int{1, 2, 8, 32} {
+		b.Run(fmt.Sprintf("layers=%d", depth), func(b *testing.B) {
+			fsys := benchDir(b)
+			want, top := newChain(b, fsys, testenv.Rand(b), depth, 4096)
+			img := openVMDK(b, fsys, top)
+			defer img.Close()
+			b.SetBytes(4096)
+			p := make([]byte, 4096)
+			r := rand.New(rand.NewPCG(1, 2))
+			for b.Loop() {
+				if _, err := img.ReadAt(p, r.Int64N(int64(len(want))/4096)*4096); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func benchDir(b *testing.B) vfs.FS {
+	dir, err := os.MkdirTemp("/dev/shm", "chain")
+	if err != nil {
+		b.Skip(err)
+	}
+	fsys, err := vfs.OpenDir(dir)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		fsys.Close()
+		os.RemoveAll(dir)
+	})
+	return fsys
 }
