@@ -14,7 +14,7 @@ func (d *Disk) Resize(sizeBytes int64) error {
 		if sizeBytes < now {
 			return fmt.Errorf("%w: it would lose its end, and can only grow", block.ErrUnsupported)
 		}
-		return nil
+		return d.parentEndsBefore(now)
 	})
 }
 
@@ -26,8 +26,22 @@ func (d *Disk) Shrink(sizeBytes int64) error {
 		if sizeBytes > now || sizeBytes <= 0 {
 			return fmt.Errorf("%w: want a smaller size", block.ErrInvalid)
 		}
+		if err := d.parentEndsBefore(sizeBytes); err != nil {
+			return err
+		}
 		return d.cutTail(sizeBytes)
 	})
+}
+
+// parentEndsBefore returns an error if the parent has anything past a size: it would show
+// through where the disk is to read as zeroes, when its end has been cut or it grows.
+func (d *Disk) parentEndsBefore(sizeBytes int64) error {
+	if len(d.layers) < 2 || d.layers[1].geometry.SizeBytes <= sizeBytes {
+		return nil
+	}
+	parent := d.layers[1]
+	return fmt.Errorf("%w: the parent %s has %d bytes, whose end would show through: rebase it to none first",
+		block.ErrUnsupported, parent.Name, parent.geometry.SizeBytes)
 }
 
 // resize changes the size after prepare, which is called with nobody using the disk and

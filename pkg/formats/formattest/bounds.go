@@ -3,6 +3,7 @@ package formattest
 import (
 	"errors"
 	"math"
+	"math/rand/v2"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
@@ -84,7 +85,7 @@ func testGrow(t *testing.T, f Factory) {
 		return
 	}
 	r := testenv.Rand(t)
-	for range scaled(10) {
+	for range f.scaled(10) {
 		mem := vfs.NewMem()
 		p := newPlayer(t, f, mem, r, f.depths()[r.IntN(len(f.depths()))])
 		s := f.shape()
@@ -114,7 +115,79 @@ func testGrow(t *testing.T, f Factory) {
 			}
 		}
 		p.finish(t)
-		p.rig.checkWithQEMU(t, p.m.live.bytes)
+		p.rig.checkWithQEMU(t, p.m.live.bytes, p.leaky)
+	}
+}
+
+// testShrink makes a disk smaller: what is left stays, and when it grows again, zeroes
+// come back.
+func testShrink(t *testing.T, f Factory) {
+	r := testenv.Rand(t)
+	for _, depth := range f.depths() {
+		for range f.scaled(5) {
+			mem := vfs.NewMem()
+			p := newPlayer(t, f, mem, r, depth)
+			p.play(t, f.script(r, mix{opWrite: 4, opZero: 1, opDiscard: 1}, 6))
+			if !f.CanShrink {
+				expectNoShrinking(t, p)
+				return
+			}
+			for range 4 {
+				p.shrinkAndGrow(t, mem, r)
+			}
+			p.finish(t)
+			p.rig.checkWithQEMU(t, p.m.live.bytes, p.leaky)
+		}
+	}
+}
+
+// shrinkAndGrow shrinks, loses power, and grows again.
+func (p *player) shrinkAndGrow(t *testing.T, mem *vfs.Mem, r *rand.Rand) {
+	t.Helper()
+	s, before := p.rig.f.shape(), p.m.size()
+	s.size = before
+	smaller := s.pickSmaller(r)
+	if r.IntN(2) == 0 {
+		p.mustStep(t, op{kind: opDiscard, off: smaller, n: before - smaller})
+	}
+	p.mustStep(t, op{kind: opShrink, off: smaller})
+	if p.m.size() == before {
+		return // refused on a parent
+	}
+	got, err := p.rig.on(mem.Crash(r)).inspect()
+	if err == nil {
+		err = p.allowsAfterCrash(got)
+	}
+	if err != nil {
+		t.Fatalf("power lost after it had shrunk from %d to %d bytes: %v", before, smaller, err)
+	}
+	for _, wrong := range []int64{smaller + s.quantum, 0, -1} {
+		if err := p.rig.img.Shrink(wrong); err == nil || p.rig.img.Info().SizeBytes != smaller {
+			t.Errorf("shrink from %d to %d bytes: %v; now it has %d", smaller, wrong, err, p.rig.img.Info().SizeBytes)
+		}
+	}
+	if err := p.rig.img.Resize(smaller - s.quantum); !errors.Is(err, block.ErrUnsupported) {
+		t.Errorf("resize to a smaller size: %v, want %v", err, block.ErrUnsupported)
+	}
+	if _, err := p.rig.img.ReadAt(make([]byte, 1), smaller); !errors.Is(err, block.ErrOutOfRange) {
+		t.Errorf("read past the new end: %v, want %v", err, block.ErrOutOfRange)
+	}
+	p.mustStep(t, op{kind: opWrite, off: smaller - 1, n: 1})
+	p.mustStep(t, op{kind: []opKind{opFlush, opReopen, opRead}[r.IntN(3)]})
+	if !p.rig.f.CannotGrow {
+		p.mustStep(t, op{kind: opGrow, off: before})
+	}
+	if err := p.readBack(); err != nil {
+		t.Fatalf("shrunk from %d to %d bytes and grown again: %v", before, smaller, err)
+	}
+}
+
+func expectNoShrinking(t *testing.T, p *player) {
+	t.Helper()
+	size := p.m.size()
+	err := p.rig.img.Shrink(size - p.rig.f.shape().quantum)
+	if err == nil || p.rig.img.Info().SizeBytes != size {
+		t.Errorf("shrink: %v, want an error; now it has %d bytes", err, p.rig.img.Info().SizeBytes)
 	}
 }
 

@@ -62,14 +62,14 @@ func playCrowd(t *testing.T, f Factory, depth int) {
 
 	c := &crowd{
 		s: f.shape(), mem: mem, live: p.m.live.clone(), durable: p.m.live.clone(),
-		since: map[int]bool{}, pending: map[int]bool{}, r: rand.New(rand.NewPCG(r.Uint64(), r.Uint64())), looks: scaled(200),
+		since: map[int]bool{}, pending: map[int]bool{}, r: rand.New(rand.NewPCG(r.Uint64(), r.Uint64())), looks: f.scaled(200),
 	}
 	c.rig = p.rig.on(vfs.Inject(mem, vfs.If(vfs.Changing, c.hook)))
 	c.rig.journal = &engine.JournalFile{FS: c.rig.fs, Name: journalName, Epoch: 1}
 	if err := c.rig.open(vfs.ReadWrite); err != nil {
 		t.Fatal(err)
 	}
-	c.play(r, scaled(600))
+	c.play(r, f.scaled(600))
 	if c.err == nil {
 		c.err = c.readBack()
 	}
@@ -87,7 +87,7 @@ func playCrowd(t *testing.T, f Factory, depth int) {
 	if err != nil {
 		t.Fatalf("afterwards: %v", err)
 	}
-	left.checkWithQEMU(t, got)
+	left.checkWithQEMU(t, got, true)
 }
 
 // play lets everybody do count steps, while somebody flushes, and somebody grows the disk
@@ -390,7 +390,7 @@ func writeSameRange(t *testing.T, f Factory) {
 	mem := vfs.NewMem()
 	p := newPlayer(t, f, mem, r, f.depths()[len(f.depths())-1])
 	s := f.shape()
-	for round := range scaled(60) {
+	for round := range f.scaled(60) {
 		off, n := s.pickRange(r)
 		before := p.m.live.clone()
 		var changes []change

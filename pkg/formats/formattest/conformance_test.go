@@ -12,7 +12,7 @@ import (
 // TestSuite_FindsBugs asks for.
 func toyFactory() formattest.Factory {
 	return formattest.Factory{
-		Name: "toy", Format: toy{bug: toyBug(os.Getenv(bugVariable))}, Overlay: new(formats.CreateRequest), SizeBytes: 160<<10 + 512,
+		Name: "toy", Format: toy{bug: toyBug(os.Getenv(bugVariable))}, Overlay: new(formats.CreateRequest), SizeBytes: 160<<10 + 512, CanShrink: true,
 	}
 }
 

@@ -200,10 +200,18 @@ func (m *model) lose() {
 	}
 }
 
-// resize notes that the disk has another size; what is new is zero.
+// resize notes that the disk has another size; what is new is zero, and what was past
+// its end is gone.
 func (m *model) resize(size int64) {
 	m.live.resize(size)
 	m.durable.resize(size)
+	var kept []change
+	for _, ch := range m.since {
+		if ch.off < size {
+			kept = append(kept, ch.slice(0, size))
+		}
+	}
+	m.since = kept
 }
 
 func (m *model) size() int64 { return int64(len(m.live.bytes)) }

@@ -1,6 +1,7 @@
 package formattest
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -28,17 +29,15 @@ func testCrashSweep(t *testing.T, f Factory) {
 func sweepCrashes(t *testing.T, f Factory, depth int) {
 	r := testenv.Rand(t)
 	mem := vfs.NewMem()
-	c := &crasher{r: r, mem: mem}
+	c := &crasher{r: r, mem: mem, sample: newCrashSample(t, f, r)}
 	p := newPlayer(t, f, vfs.Inject(mem, vfs.If(vfs.Changing, c.hook)), r, depth)
 	p.mustStep(t, op{kind: opFlush})
-	script := f.script(r, mix{opWrite: 12, opZero: 4, opDiscard: 4, opFlush: 4, opReopen: 1, opGrow: 1, opPush: 1}, scaled(120))
+	script := f.script(r, mix{opWrite: 12, opZero: 4, opDiscard: 4, opFlush: 4, opReopen: 1, opGrow: 1, opPush: 1, opShrink: 1}, f.scaled(120))
 	c.p, p.interrupted = p, &c.err
 	p.play(t, script)
 	c.p = nil
 	p.finish(t)
-	if c.left != nil {
-		c.left.checkWithQEMU(t, c.content)
-	}
+	c.sample.check()
 }
 
 // crasher looks at crashes of an image while a player plays on it.
@@ -48,9 +47,7 @@ type crasher struct {
 	p   *player // nil: not now
 	err error   // the first thing wrong
 
-	// left is the last image that a crash left, and what was in it.
-	left    *rig
-	content []byte
+	sample *crashSample
 }
 
 // hook is called before a change of the file system.
@@ -60,8 +57,9 @@ func (c *crasher) hook(at vfs.Op) error {
 	}
 	Figures.CrashPoints.Add(1)
 	for range crashesPerPoint {
-		if err := c.crash(); err != nil {
-			c.err = fmt.Errorf("power lost before %s: %w", showFSOp(at), err)
+		what := "power lost before " + showFSOp(at)
+		if err := c.crash(what); err != nil {
+			c.err = fmt.Errorf("%s: %w", what, err)
 		}
 	}
 	return nil
@@ -76,9 +74,11 @@ func showFSOp(o vfs.Op) string {
 }
 
 // crash loses power once and looks at the image, and now and then lives on with it.
-func (c *crasher) crash() error {
+func (c *crasher) crash(what string) error {
 	Figures.Crashes.Add(1)
-	fsys := track(c.mem.Crash(c.r))
+	mem := c.mem.Crash(c.r)
+	untouched := c.p.rig.on(mem.Clone())
+	fsys := track(mem)
 	left := c.p.rig.on(fsys)
 	got, err := left.inspect()
 	if err != nil {
@@ -92,12 +92,11 @@ func (c *crasher) crash() error {
 			return err
 		}
 	}
-	c.left, c.content = left, got
+	c.sample.add(what, untouched, got)
 	if c.r.IntN(8) == 0 {
 		if err := liveOn(left, got, c.r); err != nil {
 			return fmt.Errorf("when used after that: %w", err)
 		}
-		c.left = nil
 	}
 	if leaks := fsys.leaks(); leaks != "" {
 		return errors.New(leaks)
@@ -145,7 +144,7 @@ func (p *player) checkSize(n int) error {
 func liveOn(left *rig, content []byte, r *rand.Rand) error {
 	const firstOp = 0x800000 // tells what is written here from what was there
 	p := &player{
-		rig: left, ops: firstOp, leaky: true, m: newModel(contents{bytes: content}), sizes: []int64{int64(len(content))},
+		rig: left, ops: firstOp, leaky: true, m: newModel(contents{bytes: bytes.Clone(content)}), sizes: []int64{int64(len(content))},
 	}
 	if err := left.open(vfs.ReadWrite); err != nil {
 		return err
@@ -155,7 +154,7 @@ func liveOn(left *rig, content []byte, r *rand.Rand) error {
 	script := newScript(r, s, mix{opRead: 4, opWrite: 8, opZero: 2, opDiscard: 2, opFlush: 2, opReopen: 1}, 15)
 	for i, o := range script {
 		ioErr, wrong := p.step(o)
-		if unsupported(o, ioErr) {
+		if p.unsupported(o, ioErr) {
 			ioErr = nil
 		}
 		if err := errors.Join(ioErr, wrong); err != nil {
@@ -170,14 +169,20 @@ func liveOn(left *rig, content []byte, r *rand.Rand) error {
 // left is the image or nothing that could be mistaken for one.
 func sweepCrashesOfCreate(t *testing.T, f Factory) {
 	r := testenv.Rand(t)
-	for range scaled(10) {
+	sample := newCrashSample(t, f, r)
+	defer sample.check()
+	for range f.scaled(10) {
 		mem := vfs.NewMem()
+		want, err := f.makeBase(mem, r)
+		if err != nil {
+			t.Fatal(err)
+		}
 		var wrong error
 		hook := func(at vfs.Op) error {
 			Figures.CrashPoints.Add(1)
 			for range crashesPerPoint {
 				Figures.Crashes.Add(1)
-				if err := inspectHalfMade(f, mem.Crash(r)); err != nil && wrong == nil {
+				if err := inspectHalfMade(f, mem.Crash(r), want); err != nil && wrong == nil {
 					wrong = fmt.Errorf("power lost before %s: %w", showFSOp(at), err)
 				}
 			}
@@ -187,19 +192,25 @@ func sweepCrashesOfCreate(t *testing.T, f Factory) {
 		if err := errors.Join(err, wrong); err != nil {
 			t.Fatal(err)
 		}
-		got, err := made.on(mem.Crash(r)).inspect()
+		crashed := mem.Crash(r)
+		untouched := made.on(crashed.Clone())
+		got, err := made.on(crashed).inspect()
 		if err == nil && int64(len(got)) != f.shape().size {
 			err = fmt.Errorf("it has %d bytes, want %d", len(got), f.shape().size)
+		}
+		if err == nil {
+			err = want.check(0, got, nil)
 		}
 		if err != nil {
 			t.Fatalf("power lost after create had returned: %v", err)
 		}
+		sample.add("power lost after create had returned", untouched, got)
 	}
 }
 
 // inspectHalfMade returns an error if what is left of an image being created looks like
 // an image but is not the one that was to be.
-func inspectHalfMade(f Factory, fsys vfs.FS) error {
+func inspectHalfMade(f Factory, fsys vfs.FS, want contents) error {
 	left := &rig{f: f, fs: fsys, names: []string{f.fileName(0)}, made: 1}
 	if err := left.open(vfs.ReadWrite); err != nil {
 		return nil
@@ -211,6 +222,7 @@ func inspectHalfMade(f Factory, fsys vfs.FS) error {
 	if int64(len(got)) != f.shape().size && !f.Headerless {
 		return fmt.Errorf("it has %d bytes, want %d", len(got), f.shape().size)
 	}
-	want := newContents(int64(len(got)))
+	want = want.clone()
+	want.resize(int64(len(got)))
 	return want.check(0, got, nil)
 }

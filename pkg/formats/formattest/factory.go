@@ -34,8 +34,49 @@ type Factory struct {
 	// Headerless says that the file's length is all there is to tell the size, so that a
 	// crash while an image is created or grown leaves it anywhere on its way.
 	Headerless bool
-	// CannotGrow says that Resize is refused.
+	// CannotGrow says that Resize to a larger size is refused.
 	CannotGrow bool
+	// CanShrink says that Shrink works; otherwise it is refused. On a parent it may be
+	// refused in any case.
+	CanShrink bool
+	// GranuleBytes is the least that can be present alone, where that is less than a
+	// cluster: a subcluster, a sector of a block with a bitmap. 0: a cluster.
+	GranuleBytes int64
+	// Base, if set, is what every chain stands on: an image of another format, or of
+	// another size. Then the images of the kind under test are all made by Overlay, and
+	// Create is not used.
+	Base *Base
+	// Cost is how many times longer a step takes than with small clusters: the suite does
+	// so many times fewer. 0 means 1. (VHDX, whose blocks have at least 1 MiB.)
+	Cost int
+	// BeforeOracle, if set, makes a copy of an image that a crash left fit for qemu-img
+	// to look at without repair, or returns an error. See ReplayLog.
+	BeforeOracle func(qemuImg, file string) error
+}
+
+// Base is what overlays of a kind under test stand on.
+type Base struct {
+	// Format is the base's. Registered if need be.
+	Format formats.Format
+	// Create is what it is created with. The suite sets FS, Name and SizeBytes.
+	Create formats.CreateRequest
+	// SizeBytes is its guest size; 0: the overlay's. What lies past a smaller one reads
+	// as zeroes.
+	SizeBytes int64
+	// FileName is the main file's name; "" means "base." and the format's name.
+	FileName string
+	// QEMU is what qemu-img calls the format; "" if it cannot read such images.
+	QEMU string
+	// Unnamed says that an overlay's file does not say of which format its parent is
+	// (QCOW version 1): then it has to be given when the chain is opened.
+	Unnamed bool
+}
+
+func (b *Base) fileName() string {
+	if b.FileName != "" {
+		return b.FileName
+	}
+	return "base." + b.Format.Name()
 }
 
 // Run tests images of the factories' kinds.
@@ -65,6 +106,7 @@ var parts = []struct {
 	{"Concurrent", testConcurrent},
 	{"Bounds", testBounds},
 	{"Grow", testGrow},
+	{"Shrink", testShrink},
 	{"Reuse", testReuse},
 	{"Locks", testLocks},
 	{"FullStore", testFullStore},
@@ -79,6 +121,24 @@ func (f Factory) register() {
 	if _, err := formats.Lookup(f.Format.Name()); err != nil {
 		formats.Register(f.Format)
 	}
+	if f.Base == nil {
+		return
+	}
+	if _, err := formats.Lookup(f.Base.Format.Name()); err != nil {
+		formats.Register(f.Base.Format)
+	}
+}
+
+// onLarger reports whether the disks stand on a larger one.
+func (f Factory) onLarger() bool { return f.Base != nil && f.Base.SizeBytes > f.shape().size }
+
+// scaled returns how many of something a test does: n, fewer in short mode and where
+// everything takes long.
+func (f Factory) scaled(n int) int {
+	if testing.Short() {
+		n /= 5
+	}
+	return max(n/max(f.Cost, 1), 1)
 }
 
 // fileName returns the name of a layer's main file, 0 being the bottom of a chain.
@@ -97,7 +157,11 @@ func (f Factory) fileName(layer int) string {
 // shape returns the form of the disks that are tested.
 func (f Factory) shape() shape {
 	options := f.Format.Options()
-	s := shape{quantum: max(options.SizeMultiple, 1), cluster: f.Create.ClusterBytes, size: f.SizeBytes}
+	create := f.Create
+	if f.Base != nil {
+		create = *f.Overlay
+	}
+	s := shape{quantum: max(options.SizeMultiple, 1), cluster: create.ClusterBytes, granule: f.GranuleBytes, size: f.SizeBytes}
 	if s.cluster == 0 {
 		s.cluster = options.DefaultClusterBytes
 	}
@@ -107,6 +171,9 @@ func (f Factory) shape() shape {
 	if s.size == 0 {
 		s.size = 20*s.cluster + 5*512 // not a multiple of a cluster
 		s.size = (s.size + s.quantum - 1) / s.quantum * s.quantum
+	}
+	if s.granule == 0 {
+		s.granule = s.cluster
 	}
 	s.maxGrow = s.size + 8*s.cluster
 	return s

@@ -33,7 +33,7 @@ func testFullStore(t *testing.T, f Factory) {
 func fillStores(t *testing.T, f Factory, on func(*vfs.Mem) vfs.FS, depth int) {
 	r := testenv.Rand(t)
 	refused, poisoned := 0, 0
-	for range scaled(15) {
+	for range f.scaled(15) {
 		store := vfs.NewMem()
 		s := fullStore{mem: store, p: newPlayer(t, f, on(store), r, depth), r: r, reserves: on(store) == vfs.FS(store)}
 		refused += s.fill(t)
@@ -82,7 +82,7 @@ func (s *fullStore) fill(t *testing.T) (refused int) {
 		ioErr, wrong := s.p.step(o)
 		switch {
 		case wrong != nil:
-		case ioErr == nil || unsupported(o, ioErr):
+		case ioErr == nil || s.p.unsupported(o, ioErr):
 			continue
 		case s.p.poisoned && !s.reserves:
 			return refused

@@ -46,7 +46,7 @@ func testHostile(t *testing.T, f Factory) {
 	}
 	h := &hostile{f: f, r: r, intact: intact, names: p.rig.names, top: p.rig.top()}
 	h.findMetadata()
-	for i := range scaled(400) {
+	for i := range f.scaled(400) {
 		files, what := h.damaged(i)
 		if err := h.use(files); err != nil {
 			t.Fatalf("image %d, %s: %v", i, what, err)
@@ -216,7 +216,7 @@ func writeFile(fsys vfs.FS, name string, b []byte) error {
 // useAll checks, reads and writes. What fails on the way is as it should be.
 func (h *hostile) useAll(ctx context.Context, fsys vfs.FS) error {
 	for _, name := range h.names {
-		layer, err := h.f.Format.Open(formats.OpenRequest{FS: fsys, Name: name, Mode: vfs.ReadOnly})
+		layer, err := h.f.formatOf(name).Open(formats.OpenRequest{FS: fsys, Name: name, Mode: vfs.ReadOnly})
 		if err != nil {
 			continue
 		}
@@ -226,7 +226,7 @@ func (h *hostile) useAll(ctx context.Context, fsys vfs.FS) error {
 		}
 	}
 	for _, mode := range []vfs.Mode{vfs.ReadOnly, vfs.ReadWrite} {
-		img, err := formats.Open(ctx, fsys, h.top, formats.OpenOptions{Format: h.f.Format.Name(), Mode: mode})
+		img, err := formats.Open(ctx, fsys, h.top, h.f.openOptions(h.top, mode, nil))
 		if err != nil {
 			continue
 		}

@@ -36,7 +36,7 @@ func sweepKills(t *testing.T, f Factory, depth int) {
 	if err := p.rig.open(vfs.ReadWrite); err != nil {
 		t.Fatalf("open with a journal: %v", err)
 	}
-	script := f.script(r, mix{opWrite: 12, opZero: 4, opDiscard: 4, opFlush: 3, opReopen: 1, opGrow: 1, opPush: 1}, scaled(70))
+	script := f.script(r, mix{opWrite: 12, opZero: 4, opDiscard: 4, opFlush: 3, opReopen: 1, opGrow: 1, opPush: 1, opShrink: 1}, f.scaled(70))
 	k.p, p.interrupted = p, &k.err
 	p.play(t, script)
 	k.p = nil
@@ -86,7 +86,7 @@ func (k *killer) writeDuringFlush(at vfs.Op) error {
 			o.off, o.n = before.off, before.n
 		}
 		ioErr, wrong := k.p.step(o)
-		if err := errors.Join(ioErr, wrong, k.err); err != nil && !unsupported(o, ioErr) {
+		if err := errors.Join(ioErr, wrong, k.err); err != nil && !k.p.unsupported(o, ioErr) {
 			return fmt.Errorf("%s: %w", o, err)
 		}
 	}

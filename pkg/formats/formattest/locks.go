@@ -31,7 +31,9 @@ func testLocks(t *testing.T, f Factory) {
 	}
 	expect("while it is written", vfs.ReadWrite, block.ErrLocked)
 	expect("while it is written", vfs.ReadOnly, block.ErrLocked)
-	looker, err := formats.Open(context.Background(), fsys, name, formats.OpenOptions{Format: f.Format.Name(), NoLock: true})
+	looking := f.openOptions(name, vfs.ReadOnly, nil)
+	looking.NoLock = true
+	looker, err := formats.Open(context.Background(), fsys, name, looking)
 	if err != nil {
 		t.Errorf("while it is written, open without locks: %v", err)
 	} else if err := looker.Close(); err != nil {

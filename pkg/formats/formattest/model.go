@@ -12,16 +12,16 @@ import (
 // chain of others.
 func testModel(t *testing.T, f Factory) {
 	everything := mix{
-		opRead: 30, opWrite: 30, opZero: 10, opDiscard: 8, opMap: 8, opFlush: 3, opReopen: 1, opGrow: 1, opPush: 1,
+		opRead: 30, opWrite: 30, opZero: 10, opDiscard: 8, opMap: 8, opFlush: 3, opReopen: 1, opGrow: 1, opPush: 1, opShrink: 1,
 	}
 	for _, depth := range f.depths() {
 		t.Run(fmt.Sprintf("depth=%d", depth), func(t *testing.T) {
-			playModel(t, f, vfs.NewMem(), depth, everything, scaled(1500))
+			playModel(t, f, vfs.NewMem(), depth, everything, f.scaled(1500))
 		})
 	}
 	// Nothing is given back, so nothing may leak.
 	t.Run("writes", func(t *testing.T) {
-		playModel(t, f, vfs.NewMem(), 1, mix{opRead: 2, opWrite: 10, opFlush: 1, opReopen: 1}, scaled(1500))
+		playModel(t, f, vfs.NewMem(), 1, mix{opRead: 2, opWrite: 10, opFlush: 1, opReopen: 1}, f.scaled(1500))
 	})
 	t.Run("directory", func(t *testing.T) {
 		dir, err := vfs.OpenDir(t.TempDir())
@@ -30,7 +30,7 @@ func testModel(t *testing.T, f Factory) {
 		}
 		defer dir.Close()
 		depths := f.depths()
-		playModel(t, f, dir, depths[len(depths)-1], everything, scaled(300))
+		playModel(t, f, dir, depths[len(depths)-1], everything, f.scaled(300))
 	})
 }
 
@@ -40,7 +40,7 @@ func playModel(t *testing.T, f Factory, on vfs.FS, depth int, steps mix, count i
 	p := newPlayer(t, f, fsys, r, depth)
 	p.play(t, f.script(r, steps, count))
 	p.finish(t)
-	p.rig.checkWithQEMU(t, p.m.live.bytes)
+	p.rig.checkWithQEMU(t, p.m.live.bytes, p.leaky)
 	if leaks := fsys.leaks(); leaks != "" {
 		t.Error(leaks)
 	}
@@ -52,12 +52,4 @@ func (f Factory) depths() []int {
 		return []int{1}
 	}
 	return []int{1, 2, 3}
-}
-
-// scaled returns how many of something a test does: n, or a fifth of it in short mode.
-func scaled(n int) int {
-	if testing.Short() {
-		return max(n/5, 1)
-	}
-	return n
 }

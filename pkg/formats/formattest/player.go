@@ -47,13 +47,20 @@ type snapshot struct {
 func newPlayer(t testing.TB, f Factory, fsys vfs.FS, r *rand.Rand, depth int) *player {
 	t.Helper()
 	s := f.shape()
+	made, err := f.makeBase(fsys, r)
+	if err != nil {
+		t.Fatal(err)
+	}
 	rig, err := newRig(f, fsys, s.size)
 	if err != nil {
 		t.Fatalf("create: %v", err)
 	}
-	p := &player{rig: rig, m: newModel(newContents(s.size)), sizes: []int64{s.size}}
+	p := &player{rig: rig, m: newModel(made), sizes: []int64{s.size}}
 	if err := rig.open(vfs.ReadWrite); err != nil {
 		t.Fatalf("open: %v", err)
+	}
+	if err := rig.checkBase(); err != nil {
+		t.Error(err)
 	}
 	for range depth - 1 {
 		p.play(t, newScript(r, s, mix{opWrite: 6, opZero: 2, opDiscard: 1}, 12))
@@ -66,8 +73,11 @@ func newPlayer(t testing.TB, f Factory, fsys vfs.FS, r *rand.Rand, depth int) *p
 func (p *player) play(t testing.TB, script []op) {
 	t.Helper()
 	for i, o := range script {
+		if p.skips(o) {
+			continue
+		}
 		ioErr, wrong := p.step(o)
-		if unsupported(o, ioErr) {
+		if p.unsupported(o, ioErr) {
 			ioErr = nil
 		}
 		if p.interrupted != nil {
@@ -84,9 +94,28 @@ func (p *player) mustStep(t testing.TB, o op) {
 	p.play(t, []op{o})
 }
 
-// unsupported reports whether a step was refused as it may be.
-func unsupported(o op, err error) bool {
-	return o.kind == opZero && o.flags&block.ZeroFastOnly != 0 && errors.Is(err, block.ErrUnsupported)
+// unsupported reports whether a step was refused as it may be: fast zeroing where there
+// is none, and another size where more of a parent would show.
+func (p *player) unsupported(o op, err error) bool {
+	switch {
+	case !errors.Is(err, block.ErrUnsupported):
+		return false
+	case o.kind == opZero:
+		return o.flags&block.ZeroFastOnly != 0
+	}
+	return o.kind == opShrink && len(p.rig.names) > 1 || o.kind == opGrow && p.rig.f.onLarger()
+}
+
+// skips reports whether a step makes no sense because the disk could not be resized before.
+func (p *player) skips(o op) bool {
+	size := p.m.size()
+	switch o.kind {
+	case opGrow:
+		return o.off <= size
+	case opShrink:
+		return o.off >= size
+	}
+	return o.off+o.n > size
 }
 
 // step plays one step. ioErr is what the disk answered, wrong what it should not have
@@ -105,8 +134,9 @@ func (p *player) step(o op) (ioErr, wrong error) {
 		ioErr = p.flush()
 	case opReopen:
 		ioErr, wrong = p.reopen()
-	case opGrow:
-		ioErr, wrong = p.grow(o)
+	case opGrow, opShrink:
+		ioErr, wrong = p.resize(o)
+		p.leaky = p.leaky || o.kind == opShrink
 	case opPush:
 		ioErr = p.push()
 	}
@@ -244,19 +274,37 @@ func (p *player) close() error {
 	return err
 }
 
-func (p *player) grow(o op) (ioErr, wrong error) {
+// resize grows or shrinks the disk. What is past the new size may be gone at any moment
+// from then on; when the disk grows again, it reads as zeroes.
+func (p *player) resize(o op) (ioErr, wrong error) {
 	p.mu.Lock()
 	old := p.m.size()
 	p.sizes = append(slices.Clone(p.sizes), o.off)
 	p.mu.Unlock()
+	lost := change{what: fmt.Sprintf("operation %06x, %s", p.ops, o), off: o.off, n: old - o.off}
+	if o.kind == opShrink {
+		p.begin(lost)
+	}
 
-	ioErr = p.rig.img.Resize(o.off)
+	if o.kind == opShrink {
+		ioErr = p.rig.img.Shrink(o.off)
+	} else {
+		ioErr = p.rig.img.Resize(o.off)
+	}
 	size := p.rig.img.Info().SizeBytes
 
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.inFlight = nil
 	if size != o.off && (ioErr == nil || size != old) {
 		return ioErr, fmt.Errorf("the disk has %d bytes, want %d; it had %d", size, o.off, old)
+	}
+	if o.kind == opShrink && ioErr != nil { // on disk it may have the old size, with what was there
+		if size == old {
+			p.m.live.allow(lost)
+		}
+		p.m.live.resize(size)
+		return ioErr, nil
 	}
 	p.m.resize(size)
 	if ioErr == nil {

@@ -81,7 +81,7 @@ func killProcesses(t *testing.T, f Factory, journals string) {
 		p.rig.journal = &engine.JournalFile{FS: dir, Name: journalName, Epoch: 1}
 	}
 	played := 0
-	for range scaled(killsPerRun) {
+	for range f.scaled(killsPerRun) {
 		child := &child{p: p, test: t.Name(), images: images, journals: journals, r: r}
 		if err := child.runAndKill(); err != nil {
 			t.Fatalf("child: %v", err)
@@ -97,7 +97,7 @@ func killProcesses(t *testing.T, f Factory, journals string) {
 		t.Fatal(err)
 	}
 	p.finish(t)
-	p.rig.checkWithQEMU(t, p.m.live.bytes)
+	p.rig.checkWithQEMU(t, p.m.live.bytes, p.leaky)
 }
 
 // afterProcessKill looks at what the child left, and takes it as what is there.

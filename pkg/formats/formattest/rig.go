@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
@@ -24,15 +25,69 @@ type rig struct {
 	journal *engine.JournalFile
 }
 
-// newRig creates a chain of one layer, not open.
+// newRig creates an image, not open: a chain of one layer, or one on the factory's base,
+// which makeBase has made.
 func newRig(f Factory, fsys vfs.FS, size int64) (*rig, error) {
-	req := f.Create
-	req.FS, req.Name, req.SizeBytes = fsys, f.fileName(0), size
-	if err := f.Format.Create(context.Background(), req); err != nil {
+	ctx := context.Background()
+	if f.Base == nil {
+		req := f.Create
+		req.FS, req.Name, req.SizeBytes = fsys, f.fileName(0), size
+		if err := f.Format.Create(ctx, req); err != nil {
+			return nil, err
+		}
+		return &rig{f: f, fs: fsys, names: []string{req.Name}, made: 1}, nil
+	}
+	base := f.Base.fileName()
+	parent, err := f.Base.Format.Open(formats.OpenRequest{FS: fsys, Name: base, Mode: vfs.ReadOnly})
+	if err != nil {
 		return nil, err
 	}
-	return &rig{f: f, fs: fsys, names: []string{req.Name}, made: 1}, nil
+	req := *f.Overlay
+	req.FS, req.Name, req.SizeBytes = fsys, f.fileName(0), size
+	req.Parent = &formats.Parent{Name: base, Layer: parent}
+	err = f.Format.Create(ctx, req)
+	if err = errors.Join(err, parent.Close()); err != nil {
+		return nil, err
+	}
+	return &rig{f: f, fs: fsys, names: []string{base, req.Name}, made: 1}, nil
 }
+
+// makeBase makes the base that the factory's images stand on, if there is one, with
+// something in it. It returns what a new image on it holds.
+func (f Factory) makeBase(fsys vfs.FS, r *rand.Rand) (contents, error) {
+	made := newContents(f.shape().size)
+	if f.Base == nil {
+		return made, nil
+	}
+	req := f.Base.Create
+	req.FS, req.Name, req.SizeBytes = fsys, f.Base.fileName(), f.Base.SizeBytes
+	if req.SizeBytes == 0 {
+		req.SizeBytes = f.shape().size
+	}
+	ctx := context.Background()
+	if err := f.Base.Format.Create(ctx, req); err != nil {
+		return made, fmt.Errorf("create the base: %w", err)
+	}
+	img, err := formats.Open(ctx, fsys, req.Name, formats.OpenOptions{Format: f.Base.Format.Name(), Mode: vfs.ReadWrite})
+	if err != nil {
+		return made, fmt.Errorf("open the base: %w", err)
+	}
+	whole := newContents(req.SizeBytes)
+	s := f.shape()
+	s.size = req.SizeBytes
+	for i, o := range newScript(r, s, mix{opWrite: 1}, 12) {
+		ch := change{off: o.off, n: o.n, data: stamp(baseOp+i, o.off, o.n)}
+		if _, err := img.WriteAt(ch.data, ch.off); err != nil {
+			return made, errors.Join(fmt.Errorf("fill the base: %w", err), img.Close())
+		}
+		whole.set(ch)
+	}
+	whole.resize(f.shape().size)
+	return whole, img.Close()
+}
+
+// baseOp tells what a base holds from what was written later.
+const baseOp = 0xb00000
 
 // on returns a rig for the same chain in another file system, not open, without journal.
 func (r *rig) on(fsys vfs.FS) *rig {
@@ -42,13 +97,56 @@ func (r *rig) on(fsys vfs.FS) *rig {
 func (r *rig) top() string { return r.names[len(r.names)-1] }
 
 func (r *rig) open(mode vfs.Mode) error {
-	img, err := formats.Open(context.Background(), r.fs, r.top(), formats.OpenOptions{
-		Format: r.f.Format.Name(), Mode: mode, Journal: r.journal,
-	})
+	img, err := formats.Open(context.Background(), r.fs, r.top(), r.f.openOptions(r.top(), mode, r.journal))
 	if err != nil {
 		return err
 	}
 	r.img = img
+	return nil
+}
+
+// openOptions returns how the chain with an image on top is opened.
+func (f Factory) openOptions(top string, mode vfs.Mode, journal *engine.JournalFile) formats.OpenOptions {
+	opts := formats.OpenOptions{Format: f.formatOf(top).Name(), Mode: mode, Journal: journal}
+	if f.Base != nil && f.Base.Unnamed {
+		opts.ParentFormats = map[string]string{f.Base.fileName(): f.Base.Format.Name()}
+	}
+	return opts
+}
+
+// formatOf returns the format of a chain's image.
+func (f Factory) formatOf(name string) formats.Format {
+	if f.Base != nil && name == f.Base.fileName() {
+		return f.Base.Format
+	}
+	return f.Format
+}
+
+// qemuOf returns what qemu-img calls the format of a chain's image.
+func (f Factory) qemuOf(name string) string {
+	if f.Base != nil && name == f.Base.fileName() {
+		return f.Base.QEMU
+	}
+	return f.QEMU
+}
+
+// checkBase returns an error unless the image says what the factory says about the base.
+func (r *rig) checkBase() error {
+	b := r.f.Base
+	if b == nil {
+		return nil
+	}
+	want := engine.ParentLink{Name: b.fileName(), Format: b.Format.Name()}
+	if b.Unnamed {
+		want.Format = ""
+	}
+	got := r.img.Layers()[0].Parent
+	if got == nil {
+		return fmt.Errorf("%s says it stands on nothing, want %s", r.top(), want.Name)
+	}
+	if got.Name != want.Name || got.Format != want.Format {
+		return fmt.Errorf("%s says it stands on %s (%q), want %s (%q)", r.top(), got.Name, got.Format, want.Name, want.Format)
+	}
 	return nil
 }
 
@@ -115,7 +213,7 @@ func (r *rig) check(leaksAllowed bool) error {
 }
 
 func checkLayer(fsys vfs.FS, f Factory, name string, leaksAllowed bool) error {
-	layer, err := f.Format.Open(formats.OpenRequest{FS: fsys, Name: name, Mode: vfs.ReadOnly})
+	layer, err := f.formatOf(name).Open(formats.OpenRequest{FS: fsys, Name: name, Mode: vfs.ReadOnly})
 	if err != nil {
 		return err
 	}

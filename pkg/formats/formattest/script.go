@@ -21,11 +21,12 @@ const (
 	opReopen // close and open again
 	opGrow   // to off bytes
 	opPush   // an overlay becomes the top layer
+	opShrink // to off bytes
 )
 
 var opNames = [...]string{
 	opRead: "read", opWrite: "write", opZero: "zero", opDiscard: "discard", opMap: "map",
-	opFlush: "flush", opReopen: "reopen", opGrow: "grow", opPush: "push",
+	opFlush: "flush", opReopen: "reopen", opGrow: "grow", opPush: "push", opShrink: "shrink",
 }
 
 // op is one step of a script.
@@ -41,7 +42,7 @@ func (o op) String() string {
 	switch o.kind {
 	case opRead, opWrite, opZero, opDiscard, opMap:
 		s += fmt.Sprintf(" %d bytes at %#x", o.n, o.off)
-	case opGrow:
+	case opGrow, opShrink:
 		s += fmt.Sprintf(" to %d bytes", o.off)
 	}
 	if o.flags&block.ZeroKeepAllocated != 0 {
@@ -75,6 +76,7 @@ func (m mix) pick(r *rand.Rand) opKind {
 type shape struct {
 	size    int64
 	cluster int64 // a guess for flat images
+	granule int64 // what can be present alone: a cluster, or a part of one
 	quantum int64 // sizes are multiples of it
 	maxGrow int64 // the size beyond which it does not grow
 }
@@ -84,6 +86,9 @@ func (f Factory) script(r *rand.Rand, m mix, count int) []op {
 	m = maps.Clone(m)
 	if f.CannotGrow {
 		delete(m, opGrow)
+	}
+	if !f.CanShrink {
+		delete(m, opShrink)
 	}
 	if f.Overlay == nil {
 		delete(m, opPush)
@@ -103,6 +108,15 @@ func newScript(r *rand.Rand, s shape, m mix, count int) []op {
 				continue
 			}
 			s.size = o.off
+		case opShrink:
+			o.off = s.pickSmaller(r)
+			if o.off == s.size {
+				continue
+			}
+			if r.IntN(2) == 0 { // as people do who know what is not in use
+				script = append(script, op{kind: opDiscard, off: o.off, n: s.size - o.off})
+			}
+			s.size = o.off
 		case opFlush, opReopen, opPush:
 		default:
 			o.off, o.n = s.pickRange(r)
@@ -115,20 +129,41 @@ func newScript(r *rand.Rand, s shape, m mix, count int) []op {
 	return script
 }
 
+// pickSmaller returns a smaller size, or the present one if the disk is small enough: in
+// the middle of clusters and at their edges.
+func (s shape) pickSmaller(r *rand.Rand) int64 {
+	least := max(s.maxGrow/3, 4*s.quantum)
+	size := s.size - 1 - r.Int64N(3*s.cluster)
+	if r.IntN(3) == 0 {
+		size = size / s.cluster * s.cluster
+	}
+	if size = size / s.quantum * s.quantum; size < least {
+		return s.size
+	}
+	return size
+}
+
+// largeLen is the length of requests that are rare where clusters are larger.
+const largeLen = 256 << 10
+
 // pickRange returns a range of the disk: of all sizes and alignments, with a liking for
 // the edges of clusters and the end of the disk.
 func (s shape) pickRange(r *rand.Rand) (off, n int64) {
 	n = s.pickLen(r)
+	edge := s.cluster
+	if r.IntN(2) == 0 {
+		edge = s.granule
+	}
 	switch r.IntN(6) {
 	case 0:
 		off = r.Int64N(s.size)
 	case 1:
 		off = r.Int64N(s.size) / 512 * 512
-	case 2: // whole clusters
-		off = r.Int64N(s.size) / s.cluster * s.cluster
-		n = (n + s.cluster - 1) / s.cluster * s.cluster
-	case 3: // over or close to an edge between clusters
-		off = r.Int64N(s.size)/s.cluster*s.cluster - r.Int64N(n+1)
+	case 2: // whole clusters, or what can be present alone
+		off = r.Int64N(s.size) / edge * edge
+		n = (n + edge - 1) / edge * edge
+	case 3: // over or close to an edge between them
+		off = r.Int64N(s.size)/edge*edge - r.Int64N(n+1)
 	case 4: // up to the end
 		off = s.size - n
 	case 5: // in the first clusters, so that things meet there
@@ -147,11 +182,15 @@ func (s shape) pickLen(r *rand.Rand) int64 {
 	case 2:
 		return 4096
 	case 3:
-		return 1 + r.Int64N(s.cluster)
+		return 1 + r.Int64N(s.granule)
 	case 4:
-		return s.cluster
+		return s.granule * (1 + r.Int64N(min(s.cluster/s.granule, 4)))
 	}
-	return 1 + r.Int64N(min(4*s.cluster, s.size))
+	most := min(4*s.cluster, s.size)
+	if most > largeLen && r.IntN(4) > 0 {
+		most = largeLen // large requests take long, and a few of them do
+	}
+	return 1 + r.Int64N(most)
 }
 
 // show lists the steps up to and including last, at most a screenful of them.

@@ -10,14 +10,14 @@ import (
 
 func TestConformance(t *testing.T) {
 	formattest.Run(t,
-		formattest.Factory{Name: "sparse", Format: raw.Format{}, QEMU: "raw", Headerless: true},
+		formattest.Factory{Name: "sparse", Format: raw.Format{}, QEMU: "raw", Headerless: true, CanShrink: true},
 		formattest.Factory{
-			Name: "full", Format: raw.Format{}, QEMU: "raw", Headerless: true,
+			Name: "full", Format: raw.Format{}, QEMU: "raw", Headerless: true, CanShrink: true,
 			Create: formats.CreateRequest{Preallocation: formats.PreallocateFull},
 		},
 	)
 }
 
 func TestKillProcess(t *testing.T) {
-	formattest.KillProcess(t, formattest.Factory{Name: "sparse", Format: raw.Format{}, QEMU: "raw", Headerless: true})
+	formattest.KillProcess(t, formattest.Factory{Name: "sparse", Format: raw.Format{}, QEMU: "raw", Headerless: true, CanShrink: true})
 }
