@@ -36,8 +36,21 @@ type Format interface {
 	Measure(req CreateRequest, dataBytes int64) (int64, error)
 }
 
-// ProbeBytes is how much of a file's beginning Probe is shown.
-const ProbeBytes = 2048
+// TailProber is a Format with images that only their end tells from raw ones (fixed VHD).
+// Files of other formats may end with anything: ProbeTail must check all that it can.
+type TailProber interface {
+	Format
+	// ProbeTail reports whether a file that ends with tail (up to ProbeTailBytes) and
+	// is size bytes long is of this format. It is asked when Probe says no.
+	ProbeTail(tail []byte, size int64) bool
+}
+
+// ProbeBytes is how much of a file's beginning Probe is shown, ProbeTailBytes how much of
+// its end ProbeTail is.
+const (
+	ProbeBytes     = 2048
+	ProbeTailBytes = 512
+)
 
 // OpenRequest says what to open.
 type OpenRequest struct {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
@@ -141,28 +140,4 @@ func closeLayers(layers []*engine.Layer) error {
 		errs = append(errs, l.Close())
 	}
 	return errors.Join(errs...)
-}
-
-// Probe says of which format an image is, by its contents; raw if nothing else fits.
-// Only for images that people bring: a guest can write any header into a raw disk.
-func Probe(fs vfs.FS, name string) (Format, error) {
-	f, err := fs.Open(name, vfs.ReadOnly)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	size, err := f.Size()
-	if err != nil {
-		return nil, err
-	}
-	head := make([]byte, min(size, ProbeBytes))
-	if _, err := f.ReadAt(head, 0); err != nil && err != io.EOF {
-		return nil, fmt.Errorf("probe: %w", err)
-	}
-	for _, format := range All() {
-		if format.Probe(head, size) {
-			return format, nil
-		}
-	}
-	return nil, fmt.Errorf("%w: no known image format", block.ErrUnsupported)
 }
