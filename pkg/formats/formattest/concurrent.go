@@ -130,7 +130,7 @@ func (c *crowd) play(r *rand.Rand, count int) {
 	others.Wait()
 }
 
-// changeShape pushes an overlay, or grows the disk. Nobody looks meanwhile: which image
+// changeShape pushes an overlay, or resizes the disk. Nobody looks meanwhile: which image
 // is the top is for the store to say.
 func (c *crowd) changeShape() {
 	c.looking.Lock()
@@ -142,13 +142,26 @@ func (c *crowd) changeShape() {
 		}
 		return
 	}
-	size := c.rig.img.Info().SizeBytes + c.s.quantum
-	if f.CannotGrow || size > c.s.maxGrow {
+	size := c.rig.img.Info().SizeBytes
+	switch {
+	case f.CannotGrow || f.onLarger():
 		return
-	}
-	if err := c.rig.img.Resize(size); err != nil {
-		c.fail("grow to %d bytes: %w", size, err)
-		return
+	case f.CanShrink && size > c.s.size && c.r.IntN(2) == 0: // nobody uses what has been added
+		err := c.rig.img.Shrink(size - c.s.quantum)
+		if errors.Is(err, block.ErrUnsupported) && len(c.rig.names) > 1 {
+			return
+		}
+		if err != nil {
+			c.fail("shrink from %d bytes: %w", size, err)
+			return
+		}
+		size -= c.s.quantum
+	case size+c.s.quantum <= c.s.maxGrow:
+		size += c.s.quantum
+		if err := c.rig.img.Resize(size); err != nil {
+			c.fail("grow to %d bytes: %w", size, err)
+			return
+		}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

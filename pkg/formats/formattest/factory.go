@@ -42,6 +42,14 @@ type Factory struct {
 	// GranuleBytes is the least that can be present alone, where that is less than a
 	// cluster: a subcluster, a sector of a block with a bitmap. 0: a cluster.
 	GranuleBytes int64
+	// Compressed says that the image can hold compressed granules (engine.Compressor):
+	// scripts write such, too.
+	Compressed bool
+	// CanRebase says that what an overlay stands on can be changed (SetParent).
+	CanRebase bool
+	// Secret knows the password of images that are encrypted; nil: they are not. The suite
+	// hands it to everything that creates or opens one.
+	Secret formats.Secret
 	// Base, if set, is what every chain stands on: an image of another format, or of
 	// another size. Then the images of the kind under test are all made by Overlay, and
 	// Create is not used.
@@ -107,8 +115,10 @@ var parts = []struct {
 	{"Bounds", testBounds},
 	{"Grow", testGrow},
 	{"Shrink", testShrink},
+	{"Rebase", testRebase},
 	{"Reuse", testReuse},
 	{"Locks", testLocks},
+	{"Secret", testSecret},
 	{"FullStore", testFullStore},
 	{"Hostile", testHostile},
 	{"CrashSweep", testCrashSweep},

@@ -216,7 +216,7 @@ func writeFile(fsys vfs.FS, name string, b []byte) error {
 // useAll checks, reads and writes. What fails on the way is as it should be.
 func (h *hostile) useAll(ctx context.Context, fsys vfs.FS) error {
 	for _, name := range h.names {
-		layer, err := h.f.formatOf(name).Open(formats.OpenRequest{FS: fsys, Name: name, Mode: vfs.ReadOnly})
+		layer, err := h.f.formatOf(name).Open(formats.OpenRequest{FS: fsys, Name: name, Mode: vfs.ReadOnly, Secret: h.f.Secret})
 		if err != nil {
 			continue
 		}

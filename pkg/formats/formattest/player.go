@@ -127,7 +127,7 @@ func (p *player) step(o op) (ioErr, wrong error) {
 		return p.read(o)
 	case opMap:
 		return p.mapRange(o)
-	case opWrite, opZero, opDiscard:
+	case opWrite, opZero, opDiscard, opPack:
 		ioErr = p.change(o)
 		p.leaky = p.leaky || o.kind != opWrite || ioErr != nil
 	case opFlush:
@@ -146,7 +146,7 @@ func (p *player) step(o op) (ioErr, wrong error) {
 // checkPoison holds the disk to its word: after a failed flush nothing succeeds.
 func (p *player) checkPoison(o op, ioErr error) error {
 	switch o.kind {
-	case opWrite, opZero, opFlush:
+	case opWrite, opZero, opFlush, opPack:
 		if p.poisoned && !errors.Is(ioErr, block.ErrPoisoned) {
 			return fmt.Errorf("after a failed flush: %v, want %w", ioErr, block.ErrPoisoned)
 		}
@@ -168,6 +168,13 @@ func (p *player) read(o op) (ioErr, wrong error) {
 
 // change writes, zeroes or discards.
 func (p *player) change(o op) error {
+	if o.kind == opPack {
+		start, end, ok := p.rig.img.CompressedGranule(min(o.off, p.m.size()-1))
+		if !ok {
+			return errors.New("the image cannot hold compressed granules")
+		}
+		o.off, o.n = start, min(end, p.m.size())-start
+	}
 	ch := p.changeOf(o)
 	p.begin(ch)
 	err := p.ask(o, ch)
@@ -178,7 +185,10 @@ func (p *player) change(o op) error {
 // changeOf returns what the present step changes.
 func (p *player) changeOf(o op) change {
 	ch := change{what: fmt.Sprintf("operation %06x, %s", p.ops, o), off: o.off, n: o.n}
-	if o.kind == opWrite {
+	switch {
+	case o.kind == opPack && p.ops%4 == 0:
+		ch.data = noise(p.ops, o.n)
+	case o.kind == opWrite || o.kind == opPack:
 		ch.data = stamp(p.ops, o.off, o.n)
 	}
 	return ch
@@ -211,6 +221,12 @@ func (p *player) ask(o op, ch change) error {
 		return p.rig.img.WriteZeroes(o.off, o.n, o.flags)
 	case opDiscard:
 		return p.rig.img.Discard(o.off, o.n)
+	case opPack:
+		packed, err := p.rig.img.Pack(ch.data, o.off)
+		if err != nil {
+			return err
+		}
+		return p.rig.img.WritePacked(packed)
 	}
 	n, err := p.rig.img.WriteAt(ch.data, o.off)
 	if err == nil && n != len(ch.data) {

@@ -31,7 +31,7 @@ func newRig(f Factory, fsys vfs.FS, size int64) (*rig, error) {
 	ctx := context.Background()
 	if f.Base == nil {
 		req := f.Create
-		req.FS, req.Name, req.SizeBytes = fsys, f.fileName(0), size
+		req.FS, req.Name, req.SizeBytes, req.Secret = fsys, f.fileName(0), size, f.Secret
 		if err := f.Format.Create(ctx, req); err != nil {
 			return nil, err
 		}
@@ -42,11 +42,11 @@ func newRig(f Factory, fsys vfs.FS, size int64) (*rig, error) {
 	if err != nil {
 		return nil, err
 	}
+	defer parent.Close() // it was only read
 	req := *f.Overlay
-	req.FS, req.Name, req.SizeBytes = fsys, f.fileName(0), size
+	req.FS, req.Name, req.SizeBytes, req.Secret = fsys, f.fileName(0), size, f.Secret
 	req.Parent = &formats.Parent{Name: base, Layer: parent}
-	err = f.Format.Create(ctx, req)
-	if err = errors.Join(err, parent.Close()); err != nil {
+	if err := f.Format.Create(ctx, req); err != nil {
 		return nil, err
 	}
 	return &rig{f: f, fs: fsys, names: []string{base, req.Name}, made: 1}, nil
@@ -107,7 +107,7 @@ func (r *rig) open(mode vfs.Mode) error {
 
 // openOptions returns how the chain with an image on top is opened.
 func (f Factory) openOptions(top string, mode vfs.Mode, journal *engine.JournalFile) formats.OpenOptions {
-	opts := formats.OpenOptions{Format: f.formatOf(top).Name(), Mode: mode, Journal: journal}
+	opts := formats.OpenOptions{Format: f.formatOf(top).Name(), Mode: mode, Journal: journal, Secret: f.Secret}
 	if f.Base != nil && f.Base.Unnamed {
 		opts.ParentFormats = map[string]string{f.Base.fileName(): f.Base.Format.Name()}
 	}
@@ -163,7 +163,7 @@ func (r *rig) close() error {
 // createOverlay creates an overlay on the top image, which parent is.
 func (r *rig) createOverlay(parent *engine.Layer) (name string, err error) {
 	req := *r.f.Overlay
-	req.FS, req.Name = r.fs, r.f.fileName(r.made)
+	req.FS, req.Name, req.Secret = r.fs, r.f.fileName(r.made), r.f.Secret
 	req.Parent = &formats.Parent{Name: r.top(), Layer: parent}
 	r.made++
 	return req.Name, r.f.Format.Create(context.Background(), req)
@@ -180,7 +180,7 @@ func (r *rig) push() error {
 	if err != nil {
 		return err
 	}
-	layer, err := r.f.Format.Open(formats.OpenRequest{FS: r.fs, Name: name, Mode: vfs.ReadWrite})
+	layer, err := r.f.Format.Open(formats.OpenRequest{FS: r.fs, Name: name, Mode: vfs.ReadWrite, Secret: r.f.Secret})
 	if err != nil {
 		return err
 	}
@@ -213,7 +213,7 @@ func (r *rig) check(leaksAllowed bool) error {
 }
 
 func checkLayer(fsys vfs.FS, f Factory, name string, leaksAllowed bool) error {
-	layer, err := f.formatOf(name).Open(formats.OpenRequest{FS: fsys, Name: name, Mode: vfs.ReadOnly})
+	layer, err := f.formatOf(name).Open(formats.OpenRequest{FS: fsys, Name: name, Mode: vfs.ReadOnly, Secret: f.Secret})
 	if err != nil {
 		return err
 	}

@@ -22,11 +22,12 @@ const (
 	opGrow   // to off bytes
 	opPush   // an overlay becomes the top layer
 	opShrink // to off bytes
+	opPack   // the granule around off is written compressed
 )
 
 var opNames = [...]string{
 	opRead: "read", opWrite: "write", opZero: "zero", opDiscard: "discard", opMap: "map",
-	opFlush: "flush", opReopen: "reopen", opGrow: "grow", opPush: "push", opShrink: "shrink",
+	opFlush: "flush", opReopen: "reopen", opGrow: "grow", opPush: "push", opShrink: "shrink", opPack: "write compressed",
 }
 
 // op is one step of a script.
@@ -40,7 +41,7 @@ type op struct {
 func (o op) String() string {
 	s := opNames[o.kind]
 	switch o.kind {
-	case opRead, opWrite, opZero, opDiscard, opMap:
+	case opRead, opWrite, opZero, opDiscard, opMap, opPack:
 		s += fmt.Sprintf(" %d bytes at %#x", o.n, o.off)
 	case opGrow, opShrink:
 		s += fmt.Sprintf(" to %d bytes", o.off)
@@ -89,6 +90,9 @@ func (f Factory) script(r *rand.Rand, m mix, count int) []op {
 	}
 	if !f.CanShrink {
 		delete(m, opShrink)
+	}
+	if f.Compressed {
+		m[opPack] = (m[opWrite] + 2) / 3
 	}
 	if f.Overlay == nil {
 		delete(m, opPush)

@@ -3,6 +3,7 @@ package formattest
 import (
 	"bytes"
 	"fmt"
+	"math/rand/v2"
 	"strings"
 )
 
@@ -34,6 +35,16 @@ func stamp(op int, guestOff, n int64) []byte {
 		} else {
 			copy(p[at-guestOff:], cell[:])
 		}
+	}
+	return p
+}
+
+// noise returns n bytes, none of them zero, that nothing can compress.
+func noise(op int, n int64) []byte {
+	r := rand.New(rand.NewPCG(uint64(op), uint64(n)))
+	p := make([]byte, n)
+	for i := range p {
+		p[i] = byte(1 + r.IntN(255))
 	}
 	return p
 }

@@ -1,12 +1,16 @@
 package formattest_test
 
 import (
+	"bytes"
+	"compress/flate"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"path"
 	"slices"
+	"strings"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
@@ -18,13 +22,15 @@ import (
 // 8-byte entries, clusters appended, a zero state, overlays. It is what the suite itself
 // is tested with, right and with bugs.
 //
-//	0     magic[8] guest size[8] cluster size[8] entries[8] times changed[8] nameLen[8] parent's name…
-//	4096  entries: 0 absent, 1 zero, else the file offset of a cluster
+//	0     magic[8] guest size[8] cluster size[8] entries[8] times changed[8] linkLen[8] parent's format:name…
+//	4096  entries: 0 absent, 1 zero, else the file offset of a cluster, +2 if it is compressed:
+//	      length[4] and a deflate stream
 //
 // Encrypted, it is a format of its own.
 type toy struct {
 	bug       toyBug
 	encrypted bool
+	password  string // of encrypted ones; only "" means that nobody is asked
 }
 
 // toyBug is a mistake that a format could make.
@@ -38,8 +44,9 @@ const (
 	toyMaxBytes     = 64 << 20
 	toyMaxName      = 255
 
-	toyAbsent = 0
-	toyZero   = 1
+	toyAbsent     = 0
+	toyZero       = 1
+	toyCompressed = 2 // a flag
 )
 
 func (b toyBug) is(name string) bool { return string(b) == name }
@@ -63,7 +70,7 @@ func (toy) Probe(head []byte, _ int64) bool { return len(head) >= 8 && string(he
 
 func (f toy) Options() formats.Options {
 	return formats.Options{
-		OverlaySubformats: []string{""}, ParentFormats: []string{f.Name()}, Preallocations: []formats.Preallocation{formats.PreallocateOff},
+		OverlaySubformats: []string{""}, ParentFormats: []string{f.Name(), "raw"}, Preallocations: []formats.Preallocation{formats.PreallocateOff},
 		MinClusterBytes: toyClusterBytes, MaxClusterBytes: toyClusterBytes, DefaultClusterBytes: toyClusterBytes,
 		MaxSizeBytes: toyMaxBytes, SizeMultiple: 512,
 	}
@@ -76,7 +83,14 @@ var toyWaste []byte // keeps what a bug allocates
 type toyHeader struct {
 	size, entries int64
 	changes       uint64 // times that the image was opened and changed
-	parent        string
+	parent        string // "format:name"
+}
+
+func toyLink(name string, parent *engine.Parent) string {
+	if parent == nil {
+		return ""
+	}
+	return parent.Layer.Format + ":" + vfs.RelativeLink(name, parent.Name)
 }
 
 func (h *toyHeader) marshal() []byte {
@@ -106,12 +120,14 @@ func parseToyHeader(b []byte) (toyHeader, error) {
 
 func (f toy) Create(_ context.Context, req formats.CreateRequest) error {
 	h := toyHeader{size: req.SizeBytes}
-	if req.Parent != nil {
-		parent := req.Parent.Layer.Codec.(*toyCodec)
-		h.parent = vfs.RelativeLink(req.Name, req.Parent.Name)
-		if h.size == 0 {
-			h.size = parent.h.size
+	if f.password != "" {
+		if _, err := req.Secret.Ask(req.Name); err != nil {
+			return err
 		}
+	}
+	h.parent = toyLink(req.Name, req.Parent)
+	if req.Parent != nil && h.size == 0 {
+		h.size = req.Parent.Layer.Codec.Geometry().SizeBytes
 	}
 	h.entries = toyGrowFactor * toyAlign(h.size) / toyClusterBytes
 	file, err := req.FS.Create(req.Name)
@@ -140,13 +156,28 @@ func (f toy) Open(req formats.OpenRequest) (*engine.Layer, error) {
 		return nil, err
 	}
 	l := engine.NewLayer(req.Name, f.Name(), []vfs.File{file}, req.Mode == vfs.ReadWrite)
-	if err := f.fill(l, file, req); err != nil {
+	err = f.fill(l, file, req)
+	if err == nil && f.password != "" {
+		err = f.askPassword(req)
+	}
+	if err != nil {
 		if f.bug.is("failed open leaks the file") {
 			return nil, err
 		}
 		return nil, errors.Join(err, file.Close())
 	}
 	return l, nil
+}
+
+func (f toy) askPassword(req formats.OpenRequest) error {
+	password, err := req.Secret.Ask(req.Name)
+	if f.bug.is("no password is needed") {
+		return nil
+	}
+	if err == nil && string(password) != f.password {
+		err = fmt.Errorf("wrong password: %w", block.ErrInvalid)
+	}
+	return err
 }
 
 func (f toy) fill(l *engine.Layer, file vfs.File, req formats.OpenRequest) error {
@@ -185,11 +216,15 @@ func (f toy) fill(l *engine.Layer, file vfs.File, req formats.OpenRequest) error
 	c.space = engine.NewSpace(file, 0, size, toyClusterBytes, 0)
 	l.Codec = c
 	if h.parent != "" && !f.bug.is("parent is ignored") {
-		name, err := vfs.Resolve(req.Name, h.parent)
+		format, link, _ := strings.Cut(h.parent, ":")
+		name, err := vfs.Resolve(req.Name, link)
 		if err != nil {
 			return err
 		}
-		l.Parent = &engine.ParentLink{Name: name, Format: f.Name()}
+		if f.bug.is("parent's format is forgotten") {
+			format = ""
+		}
+		l.Parent = &engine.ParentLink{Name: name, Format: format}
 	}
 	return nil
 }
@@ -204,7 +239,7 @@ type toyCodec struct {
 
 func (c *toyCodec) Geometry() engine.Geometry {
 	g := engine.Geometry{SizeBytes: c.h.size, ClusterBytes: toyClusterBytes, LogicalBlockBytes: 512, ZeroState: true}
-	if c.encrypted {
+	if c.encrypted && !c.bug.is("stored as plain text") {
 		g.Cipher = toyCipher{}
 	}
 	return g
@@ -255,6 +290,8 @@ func (c *toyCodec) entry(index int64) (int64, error) {
 	if e == toyAbsent || e == toyZero {
 		return e, nil
 	}
+	whole := e
+	e &^= toyCompressed
 	size, err := c.file.Size()
 	if err != nil {
 		return 0, err
@@ -265,7 +302,7 @@ func (c *toyCodec) entry(index int64) (int64, error) {
 		}
 		return 0, toyWrong("entry %d is %#x", index, e)
 	}
-	return e, nil
+	return whole, nil
 }
 
 func (c *toyCodec) Lookup(off, n int64) (run engine.Run, err error) {
@@ -278,6 +315,15 @@ func (c *toyCodec) Lookup(off, n int64) (run engine.Run, err error) {
 			return run, err
 		}
 		next := engine.Run{State: toyState(e), FileOff: e + (off+run.Len)%toyClusterBytes}
+		if next.State == engine.Compressed {
+			if run.Len > 0 {
+				return run, nil
+			}
+			return engine.Run{
+				State: engine.Compressed, Len: min(n, toyClusterBytes-off%toyClusterBytes), FileOff: e - toyCompressed,
+				GranuleOff: off / toyClusterBytes * toyClusterBytes, GranuleLen: toyClusterBytes, CompressedLen: toyClusterBytes,
+			}, nil
+		}
 		switch {
 		case run.Len == 0:
 			run = next
@@ -296,10 +342,54 @@ func toyState(e int64) engine.State {
 	case toyZero:
 		return engine.Zero
 	}
+	if e&toyCompressed != 0 {
+		return engine.Compressed
+	}
 	return engine.Data
 }
 
-func (c *toyCodec) ReadCompressed(engine.Run, []byte) error { return toyWrong("nothing is compressed") }
+func (c *toyCodec) ReadCompressed(run engine.Run, p []byte) error {
+	stored := make([]byte, toyClusterBytes)
+	if _, err := c.file.ReadAt(stored, run.FileOff); err != nil {
+		return err
+	}
+	n := binary.LittleEndian.Uint32(stored)
+	if n > toyClusterBytes-4 {
+		return toyWrong("%d compressed bytes", n)
+	}
+	inflater := flate.NewReader(bytes.NewReader(stored[4 : 4+n]))
+	if c.bug.is("inflates without end") {
+		b, err := io.ReadAll(inflater)
+		toyWaste = b
+		copy(p, b)
+		return err
+	}
+	if c.bug.is("inflates too little") {
+		p = p[:len(p)-1]
+	}
+	if _, err := io.ReadFull(inflater, p); err != nil {
+		return toyWrong("inflate: %v", err)
+	}
+	return nil
+}
+
+func (c *toyCodec) Compress(_ int64, p []byte) ([]byte, error) {
+	stored := bytes.NewBuffer(make([]byte, 4))
+	w, err := flate.NewWriter(stored, flate.BestSpeed)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := w.Write(p); err != nil {
+		return nil, err
+	}
+	if err := w.Close(); err != nil || stored.Len() > toyClusterBytes {
+		return nil, err
+	}
+	binary.LittleEndian.PutUint32(stored.Bytes(), uint32(stored.Len()-4))
+	return append(stored.Bytes(), make([]byte, toyClusterBytes-stored.Len())...), nil
+}
+
+func (c *toyCodec) AllocateCompressed(off, n int64) (engine.Place, error) { return c.Allocate(off, n) }
 
 func (c *toyCodec) Allocate(_, n int64) (engine.Place, error) {
 	p, err := c.space.Alloc(n, toyClusterBytes)
@@ -328,7 +418,7 @@ func (c *toyCodec) Set(off, n int64, to engine.State, at engine.Place) (unused [
 			return nil, err
 		}
 		if old > toyZero {
-			unused = append(unused, engine.Span{Off: old, Len: toyClusterBytes})
+			unused = append(unused, engine.Span{Off: old &^ toyCompressed, Len: toyClusterBytes})
 		}
 		e := int64(toyAbsent)
 		switch to {
@@ -339,6 +429,8 @@ func (c *toyCodec) Set(off, n int64, to engine.State, at engine.Place) (unused [
 			}
 		case engine.Data:
 			e = at.Off + i*toyClusterBytes
+		case engine.Compressed:
+			e = at.Off + toyCompressed
 		}
 		entries = binary.LittleEndian.AppendUint64(entries, uint64(e))
 	}
@@ -390,6 +482,13 @@ func (c *toyCodec) Resize(commit *engine.Commit, size int64) error {
 	}
 	h := c.h
 	h.size = size
+	if c.bug.is("shrink loses what stays") && size < c.h.size {
+		h.size -= 512
+	}
+	if c.bug.is("shrink is not durable") && size < c.h.size {
+		c.h = h
+		return nil
+	}
 	if err := commit.WriteAt(0, h.marshal(), 0); err != nil && !c.bug.is("error is swallowed") {
 		return err
 	}
@@ -402,9 +501,15 @@ func (c *toyCodec) Resize(commit *engine.Commit, size int64) error {
 
 func (c *toyCodec) SetParent(commit *engine.Commit, parent *engine.Parent) error {
 	h := c.h
-	h.parent = ""
-	if parent != nil {
-		h.parent = vfs.RelativeLink(c.l.Name, parent.Name)
+	if c.bug.is("rebase takes two steps") {
+		h.parent = ""
+		if err := commit.WriteAt(0, h.marshal(), 0); err != nil {
+			return err
+		}
+	}
+	h.parent = toyLink(c.l.Name, parent)
+	if c.bug.is("rebase writes nothing") {
+		return nil
 	}
 	if err := commit.WriteAt(0, h.marshal(), 0); err != nil {
 		return err
@@ -414,7 +519,7 @@ func (c *toyCodec) SetParent(commit *engine.Commit, parent *engine.Parent) error
 	}
 	c.h, c.l.Parent = h, nil
 	if parent != nil {
-		c.l.Parent = &engine.ParentLink{Name: parent.Name, Format: c.Name()}
+		c.l.Parent = &engine.ParentLink{Name: parent.Name, Format: parent.Layer.Format}
 	}
 	return nil
 }
@@ -434,11 +539,11 @@ func (c *toyCodec) Check(context.Context, *engine.Commit, func(done, total int64
 			result.Problems = append(result.Problems, engine.Problem{Corrupt: true, Text: err.Error()})
 		case err != nil:
 			return result, err
-		case e > toyZero && slices.Contains(used, e):
+		case e > toyZero && slices.Contains(used, e&^toyCompressed):
 			result.Corruptions++
 			result.Problems = append(result.Problems, engine.Problem{Corrupt: true, Text: fmt.Sprintf("cluster %#x has two owners", e)})
 		case e > toyZero:
-			used = append(used, e)
+			used = append(used, e&^toyCompressed)
 		}
 	}
 	result.Leaks = (size-toyDataStart(c.h.entries))/toyClusterBytes - int64(len(used))
