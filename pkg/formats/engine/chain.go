@@ -74,19 +74,19 @@ func (d *Disk) pullSome(off, n int64, last int) (int64, error) {
 	case isZero && d.top().geometry.ZeroState:
 		return run.Len, d.set(start, end-start, Zero, Place{})
 	}
-	placed, err := d.pullGranules(start, end, run)
+	placed, err := d.pullGranules(start, end)
 	return min(run.Len, start+placed-off), err
 }
 
-// pullGranules copies claimed granules, which run tells of, up, and returns how many bytes
-// of them found a place.
-func (d *Disk) pullGranules(start, end int64, run Run) (int64, error) {
+// pullGranules copies claimed granules up, and returns how many bytes of them found a
+// place.
+func (d *Disk) pullGranules(start, end int64) (int64, error) {
 	place, err := d.reserve(start, end)
 	if err != nil {
 		return 0, err
 	}
 	end = start + place.Len
-	err = d.copyUp(place, start, start, end, run)
+	err = d.copyUp(place, start, start, end)
 	if err == nil {
 		err = d.set(start, end-start, Data, place)
 	}

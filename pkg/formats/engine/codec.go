@@ -125,6 +125,9 @@ type Run struct {
 	// Flat says that the bytes' place is fixed (raw and flat extents): zeroing and
 	// discard punch holes there, and holes in the file are worth reporting.
 	Flat bool
+	// Shared says of Data that others refer to it, too (snapshots within the image): it
+	// is never overwritten, what changes is placed anew.
+	Shared bool
 
 	// Compressed only.
 	GranuleOff    int64 // guest offset of the granule the run lies in
@@ -136,6 +139,9 @@ type Run struct {
 type Span struct {
 	File     int
 	Off, Len int64
+	// Shared says of an unused span that somebody else still refers to it: its contents
+	// stay, and Free takes back one reference.
+	Shared bool
 }
 
 // Place is space for granules.

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 )
@@ -129,6 +130,35 @@ func (c *Commit) Truncate(file int, size int64) error {
 		return fmt.Errorf("set the length of %s to %d bytes: %w", f.Name(), size, err)
 	}
 	return nil
+}
+
+// CommitTables makes the changes of tables durable that c does not hold, through the
+// Codec's own Commit: for methods that run alone and change tables through Tables, such
+// as Resize, and for changes that Free made after the last commit. When it fails, they
+// wait for the next commit as before.
+func (c *Commit) CommitTables() error {
+	rest := newCommit(c.layer)
+	defer rest.release()
+	if len(rest.sectors) == 0 {
+		return nil
+	}
+	if err := errors.Join(c.Sync(), c.layer.Codec.Commit(rest), rest.Sync()); err != nil {
+		rest.putBack()
+		return err
+	}
+	return nil
+}
+
+// putBack marks the sectors as changed once more.
+func (c *Commit) putBack() {
+	for _, s := range c.sectors {
+		key := pageKey{s.File, s.Off &^ (pageBytes - 1)}
+		p := c.layer.Tables.cached(key)
+		i := (s.Off - key.off) / sectorBytes
+		p.dirty |= 1 << i
+		p.stage[i] = s.Stage
+		c.layer.Tables.dirty[key] = p
+	}
 }
 
 // Sync makes what was written through c durable before anything later.

@@ -126,10 +126,10 @@ func (d *Disk) reuse(unused []Span, gate gateState) {
 	}
 	top := d.top()
 	for _, s := range unused {
-		err := top.Files[s.File].PunchHole(s.Off, s.Len)
+		zeroed := !s.Shared && top.Files[s.File].PunchHole(s.Off, s.Len) == nil
 		top.unsynced[s.File].Store(true)
 		d.mapping.Lock()
-		top.Codec.Free(s, err == nil)
+		top.Codec.Free(s, zeroed)
 		top.Tables.letGo()
 		d.mapping.Unlock()
 	}

@@ -57,7 +57,7 @@ func (d *Disk) resolveLong(first int, off, n int64) (int, Run, error) {
 // continuedBy reports whether next, which follows in the guest, follows in the file, too.
 func (r Run) continuedBy(next Run) bool {
 	switch {
-	case r.State != next.State || r.File != next.File || r.Flat != next.Flat:
+	case r.State != next.State || r.File != next.File || r.Flat != next.Flat || r.Shared != next.Shared:
 		return false
 	case r.State == Data:
 		return r.FileOff+r.Len == next.FileOff

@@ -76,7 +76,7 @@ func (d *Disk) writeSome(what content, off int64) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	if run.State == Data {
+	if run.inPlace() {
 		return d.overwrite(what.first(run.Len), off, run)
 	}
 	return d.place(what.first(run.Len), off)
@@ -94,6 +94,9 @@ func (d *Disk) lookupTop(off, n int64) (Run, error) {
 	run.Len = min(run.Len, n)
 	return run, nil
 }
+
+// inPlace reports whether the run's bytes can be overwritten where they are.
+func (r Run) inPlace() bool { return r.State == Data && !r.Shared }
 
 // overwrite writes bytes that have a place.
 func (d *Disk) overwrite(what content, off int64, run Run) (int64, error) {
@@ -164,10 +167,10 @@ func (d *Disk) place(what content, off int64) (int64, error) {
 		return 0, err
 	}
 	what = what.first(run.Len)
-	if run.State == Data && d.top().geometry.Cipher == nil {
+	if run.inPlace() && d.top().geometry.Cipher == nil {
 		return d.overwrite(what, off, run)
 	}
-	if run.State == Data {
+	if run.inPlace() {
 		return 0, nil // overwriting claims its sectors itself: let the caller ask again
 	}
 	start, end = d.granules(off, what.n)
@@ -177,7 +180,7 @@ func (d *Disk) place(what content, off int64) (int64, error) {
 	}
 	end = start + place.Len
 	what = what.first(min(what.n, end-off))
-	if err := d.fill(place, start, end, what, off, run); err != nil {
+	if err := d.fill(place, start, end, what, off); err != nil {
 		d.giveBack(place)
 		return 0, err
 	}
@@ -242,13 +245,13 @@ func (d *Disk) set(start, n int64, to State, at Place) error {
 	return nil
 }
 
-// fill writes what into the place of granules [start, end), and around it what the
-// granules held until now: of the run's granule, or of the parents.
-func (d *Disk) fill(place Place, start, end int64, what content, off int64, run Run) error {
-	if err := d.copyUp(place, start, start, off, run); err != nil {
+// fill writes what into the place of granules [start, end), and around it what they read
+// as until now.
+func (d *Disk) fill(place Place, start, end int64, what content, off int64) error {
+	if err := d.copyUp(place, start, start, off); err != nil {
 		return err
 	}
-	if err := d.copyUp(place, start, off+what.n, end, run); err != nil {
+	if err := d.copyUp(place, start, off+what.n, end); err != nil {
 		return err
 	}
 	return d.fillWith(place, start, what, off)
@@ -288,14 +291,14 @@ func (d *Disk) fillCiphered(what content, off int64, file int, fileOff int64) er
 	return d.writeFile(file, bytesFrom(buf), fileOff-head)
 }
 
-// copyUp writes what guest bytes [from, to) hold until now into the place.
-func (d *Disk) copyUp(place Place, start, from, to int64, run Run) error {
+// copyUp writes what guest bytes [from, to) read as until now into the place.
+func (d *Disk) copyUp(place Place, start, from, to int64) error {
 	if d.top().geometry.Cipher != nil {
 		from, to = from/cipherSector*cipherSector, alignUp(to, cipherSector)
 	}
 	var buf []byte
 	for from < to {
-		n, isZero, err := d.oldContent(from, to, run)
+		n, isZero, err := d.oldContent(from, to)
 		if err != nil {
 			return err
 		}
@@ -306,7 +309,7 @@ func (d *Disk) copyUp(place Place, start, from, to int64, run Run) error {
 				buf = make([]byte, min(to-from, int64(len(zeroBytes))))
 			}
 			what = bytesFrom(buf[:n])
-			if err := d.readOld(what.p, from, run); err != nil {
+			if _, err := d.readChain(0, what.p, from); err != nil {
 				return err
 			}
 		}
@@ -320,21 +323,11 @@ func (d *Disk) copyUp(place Place, start, from, to int64, run Run) error {
 
 // oldContent says for how many bytes at from the old content is of one kind, and whether
 // that is zeroes.
-func (d *Disk) oldContent(from, to int64, run Run) (n int64, isZero bool, err error) {
-	switch {
-	case run.State == Zero || from >= d.size.Load():
+func (d *Disk) oldContent(from, to int64) (n int64, isZero bool, err error) {
+	size := d.size.Load()
+	if from >= size {
 		return to - from, true, nil
-	case run.State == Compressed:
-		return min(to, d.size.Load()) - from, false, nil
 	}
-	_, below, err := d.resolve(1, from, min(to, d.size.Load())-from)
-	return below.Len, below.State == Absent || below.State == Zero, err
-}
-
-func (d *Disk) readOld(p []byte, from int64, run Run) error {
-	if run.State == Compressed {
-		return d.readCompressed(0, run, p, from)
-	}
-	_, err := d.readChain(1, p, from)
-	return err
+	_, run, err := d.resolve(0, from, min(to, size)-from)
+	return run.Len, run.State == Absent || run.State == Zero, err
 }

@@ -70,7 +70,7 @@ func (d *Disk) zeroSome(off, n int64, flags block.ZeroFlags) (int64, error) {
 			return done, err
 		}
 	}
-	if run.State == Data && !keep && d.top().geometry.Cipher == nil {
+	if run.inPlace() && !keep && d.top().geometry.Cipher == nil {
 		if err := d.punch(run, n); !errors.Is(err, errors.ErrUnsupported) {
 			return n, err
 		}
@@ -125,7 +125,7 @@ func (d *Disk) discardSome(off, n int64) (int64, error) {
 	if done, err := d.unmapZero(off, whole); done > 0 || err != nil {
 		return done, err
 	}
-	if run.State == Data && d.top().geometry.Cipher == nil {
+	if run.inPlace() && d.top().geometry.Cipher == nil {
 		return whole, ignoreUnsupported(d.punch(run, whole))
 	}
 	return whole, nil
