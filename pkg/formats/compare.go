@@ -41,12 +41,7 @@ func (e *CompareError) Unwrap() error { return e.Err }
 // end of the smaller one the larger must be zero. A strict comparison also wants equal
 // sizes, and data where the other has data. A failure is a *CompareError, or ctx's error.
 func Compare(ctx context.Context, a, b block.Device, strict bool, progress Progress) (Difference, error) {
-	c := comparison{
-		devices: [2]block.Device{a, b},
-		sizes:   [2]int64{a.Info().SizeBytes, b.Info().SizeBytes},
-		strict:  strict,
-		buffers: [2][]byte{make([]byte, copyChunkBytes), make([]byte, copyChunkBytes)},
-	}
+	c := newComparison(a, b, strict)
 	if strict && c.sizes[0] != c.sizes[1] {
 		return Difference{DifferentSize, min(c.sizes[0], c.sizes[1])}, nil
 	}
@@ -66,6 +61,15 @@ func Compare(ctx context.Context, a, b block.Device, strict bool, progress Progr
 		progress(off, total)
 	}
 	return Difference{}, nil
+}
+
+func newComparison(a, b block.Device, strict bool) *comparison {
+	return &comparison{
+		devices: [2]block.Device{a, b},
+		sizes:   [2]int64{a.Info().SizeBytes, b.Info().SizeBytes},
+		strict:  strict,
+		buffers: [2][]byte{make([]byte, copyChunkBytes), make([]byte, copyChunkBytes)},
+	}
 }
 
 type comparison struct {

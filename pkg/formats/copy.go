@@ -64,7 +64,7 @@ func (o Copying) Copy(ctx context.Context, dst, src block.Device, progress Progr
 func (o Copying) copier(dst, src block.Device, size int64) (*copier, error) {
 	info := dst.Info()
 	c := &copier{
-		src: src, dst: dst, under: o.Under, size: size,
+		src: src, dst: dst, under: o.Under, size: size, look: src.Map,
 		unit: min(max(info.ClusterBytes, sparseUnitBytes), copyChunkBytes), chunkBytes: copyChunkBytes,
 		ordered: info.ClusterBytes > 0,
 	}
@@ -94,6 +94,9 @@ type copier struct {
 	unit       int64 // in which bytes are compared: writing a part of a cluster allocates all of it
 	chunkBytes int64 // a multiple of unit
 	ordered    bool  // chunks are written in guest order
+	look       func(off, n int64) (block.Extent, error)
+	// held says that only what look finds to be data or zero is copied, else everything.
+	held bool
 
 	buffers chan *copyBuffers // not in use; as many as may be on their way at the same time
 }
@@ -103,8 +106,9 @@ type copyBuffers struct{ data, under []byte }
 
 // chunk is a part of the guest's bytes on its way.
 type chunk struct {
-	off, n int64
-	zero   bool // the source has zeroes here; n may be larger than a chunk of data
+	off, n int64 // of data, n is at most chunkBytes
+	skip   bool  // there is nothing to do
+	zero   bool  // the source has zeroes here
 	*copyBuffers
 	pieces []piece
 	err    error
@@ -154,7 +158,7 @@ func (c *copier) run(ctx context.Context, progress Progress) error {
 func (c *copier) plan(ctx context.Context, todo, inOrder chan<- *chunk) {
 	for off := int64(0); off < c.size; {
 		part := c.next(off)
-		if part.err == nil && (!part.zero || c.under != nil) {
+		if part.err == nil && !part.skip {
 			select {
 			case part.copyBuffers = <-c.buffers:
 			case <-ctx.Done():
@@ -178,29 +182,39 @@ func (c *copier) plan(ctx context.Context, todo, inOrder chan<- *chunk) {
 	}
 }
 
-// next describes the chunk at off: a run of zeroes of any length, or data up to the next
-// boundary of a chunk.
+// next describes the chunk at off: a run of zeroes, or of nothing, of any length, or data
+// up to the next boundary of a chunk.
 func (c *copier) next(off int64) *chunk {
 	part := &chunk{off: off, ready: make(chan struct{})}
-	extent, err := c.src.Map(off, c.size-off)
-	switch {
-	case err != nil:
+	extent, err := c.look(off, c.size-off)
+	if err == nil && extent.Len <= 0 {
+		err = fmt.Errorf("an extent of %d bytes: %w", extent.Len, block.ErrCorrupt)
+	}
+	if err != nil {
 		part.err = fmt.Errorf("map: %w", err)
-	case extent.Len <= 0:
-		part.err = fmt.Errorf("map: an extent of %d bytes: %w", extent.Len, block.ErrCorrupt)
+		return part
+	}
+	inChunk := min(c.chunkBytes-off%c.chunkBytes, c.size-off)
+	switch {
+	case c.held:
+		part.n = extent.Len
+		part.skip, part.zero = extent.State == block.Unallocated, extent.State == block.Zero
+		if extent.State == block.Data {
+			part.n = min(part.n, inChunk)
+		}
 	case extent.State == block.Data:
 		// Data goes in aligned chunks even where it ends early: the next extent is
 		// likely to be data, too.
-		part.n = min(c.chunkBytes-off%c.chunkBytes, c.size-off)
+		part.n = inChunk
 	default:
-		part.n, part.zero = extent.Len, true
-		// The next chunk of data must begin where something can be compressed.
-		if end := (off + part.n) / c.unit * c.unit; c.packer != nil && off+part.n < c.size {
-			part.n, part.zero = end-off, end > off
-			if !part.zero {
-				part.n = min(c.chunkBytes-off%c.chunkBytes, c.size-off)
-			}
+		part.n = extent.Len
+		if end := off + part.n; c.packer != nil && end < c.size {
+			part.n = end/c.unit*c.unit - off // what is compressed must begin where a unit does
 		}
+		if part.zero = part.n > 0; !part.zero {
+			part.n = inChunk
+		}
+		part.skip = part.zero && c.under == nil
 	}
 	return part
 }

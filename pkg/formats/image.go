@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -43,7 +42,7 @@ func Open(ctx context.Context, fs vfs.FS, name string, opts OpenOptions) (*Image
 	if err := replay(fs, name, opts); err != nil {
 		return nil, err
 	}
-	layers, err := openChain(ctx, fs, name, opts)
+	layers, err := chain{fs: fs, opts: opts}.open(ctx, name)
 	if err != nil {
 		return nil, err
 	}
@@ -66,78 +65,4 @@ func replay(fs vfs.FS, name string, opts OpenOptions) error {
 	}
 	_, err = engine.Replay(layer, opts.Journal)
 	return errors.Join(err, layer.Close())
-}
-
-// openChain opens the layers of a chain, the top one first.
-func openChain(ctx context.Context, fs vfs.FS, name string, opts OpenOptions) (layers []*engine.Layer, err error) {
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, closeLayers(layers))
-		}
-	}()
-	seen := map[string]bool{}
-	mode, format := opts.Mode, opts.Format
-	for name != "" {
-		if err := ctx.Err(); err != nil {
-			return layers, err
-		}
-		if seen[name] {
-			return layers, fmt.Errorf("open chain: %s stands on itself: %w", name, block.ErrCorrupt)
-		}
-		if len(layers) == MaxDepth {
-			return layers, fmt.Errorf("open chain: more than %d layers: %w", MaxDepth, block.ErrUnsupported)
-		}
-		seen[name] = true
-		layer, err := openLayer(fs, name, format, mode, opts)
-		if err != nil {
-			return layers, err
-		}
-		layers = append(layers, layer)
-		if err := verifyLink(layers); err != nil {
-			return layers, err
-		}
-		if layer.Parent == nil || opts.NoParents {
-			break
-		}
-		name, mode = layer.Parent.Name, vfs.ReadOnly
-		format = opts.ParentFormats[name]
-		if format == "" {
-			format = layer.Parent.Format
-		}
-	}
-	return layers, nil
-}
-
-// verifyLink checks the newest parent against the child above it.
-func verifyLink(layers []*engine.Layer) error {
-	if len(layers) < 2 {
-		return nil
-	}
-	child, parent := layers[len(layers)-2], layers[len(layers)-1]
-	if child.Parent.Verify == nil {
-		return nil
-	}
-	if err := child.Parent.Verify(parent); err != nil {
-		return fmt.Errorf("%s stands on %s: %w", child.Name, parent.Name, err)
-	}
-	return nil
-}
-
-func openLayer(fs vfs.FS, name, format string, mode vfs.Mode, opts OpenOptions) (*engine.Layer, error) {
-	f, err := Lookup(format)
-	if format == "" {
-		f, err = Probe(fs, name)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", name, err)
-	}
-	return f.Open(OpenRequest{FS: fs, Name: name, Mode: mode, NoLock: opts.NoLock, Secret: opts.Secret})
-}
-
-func closeLayers(layers []*engine.Layer) error {
-	var errs []error
-	for _, l := range layers {
-		errs = append(errs, l.Close())
-	}
-	return errors.Join(errs...)
 }
