@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
@@ -49,6 +50,10 @@ type Attached struct {
 
 	mu     sync.Mutex
 	record Record // as last seen
+
+	merging     sync.Mutex  // held by a live merge
+	nextMerge   time.Time   // not before; belongs to watch
+	cannotMerge atomic.Bool // the top's format cannot change its parent
 
 	lost     chan error
 	stop     context.CancelFunc
@@ -150,8 +155,10 @@ func (a *Attached) openReadOnly(ctx context.Context) error {
 		return err
 	}
 	a.record = rec
-	a.image, err = openChain(ctx, fencedFS{a.store.fs, &a.fence}, rec.Layers, vfs.ReadOnly, nil)
-	return a.unlessMoved(rec, err)
+	if err = a.store.settleRelink(&rec); err == nil {
+		a.image, err = openChain(ctx, fencedFS{a.store.fs, &a.fence}, rec.Layers, vfs.ReadOnly, nil)
+	}
+	return a.unlessMoved(a.record, err)
 }
 
 // openWritable opens the volume's top for writing. It says in the record that this node
@@ -166,7 +173,7 @@ func (a *Attached) openWritable(ctx context.Context) error {
 			at.Serving, a.marked = true, true
 		}
 		rec.Merging = nil
-		return nil
+		return a.store.settleRelink(rec)
 	})
 	if err != nil {
 		return err

@@ -26,7 +26,8 @@
 //	publish.go   which node a volume is for
 //	attach.go    a volume as a device; watch.go: carrying out wishes live; fence.go: losing it
 //	snapshot.go  snapshots; expand.go: growing
-//	delete.go    deleting; sweep.go: what nothing needs; merge.go: shorter chains; gc.go: all of it
+//	delete.go    deleting; sweep.go: what nothing needs; merge.go,
+//	             mergelive.go: shorter chains; gc.go: all of it
 //	check.go     what is wrong; tree.go, draw.go: what stands on what
 //
 // # Rules
@@ -66,10 +67,9 @@
 //
 // # Limits
 //
-//   - Chains are shortened only while nobody has the volume published. Until then a
-//     volume can have [Options.MaxChain] layers.
-//   - Merging writes everything above the first merged layer anew, because images refer to
-//     what they stand on.
+//   - Merging writes all frozen layers above the first merged one anew, because images
+//     refer to what they stand on. A volume in use whose format cannot change its top's
+//     parent keeps its layers, up to [Options.MaxChain], until it is detached.
 //   - A snapshot's name is looked for in all records: with thousands of volumes on a slow
 //     store that takes seconds.
 //   - Raw volumes have no snapshots and no clones while no format can stand on raw.

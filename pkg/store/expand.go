@@ -106,6 +106,9 @@ func (r *Record) grown(size int64) {
 
 // growOffline grows the top layer of a volume that nobody has open.
 func (s *Store) growOffline(ctx context.Context, rec *Record) error {
+	if err := s.settleRelink(rec); err != nil {
+		return err
+	}
 	img, err := openChain(ctx, s.fs, rec.Layers, vfs.ReadWrite, nil)
 	if err != nil {
 		return err

@@ -13,11 +13,13 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 
-// Merging shortens the chain of a volume that nobody uses: layers that were the tops of
+// Merging shortens the chain of a volume: layers that were the tops of
 // snapshots once, and are no longer, go into the next layer above.
 //
 //	before   base ← 1 ← 2 (snapshot s) ← 3 ← 4 (the volume)
 //	after    5 (snapshot s) ← 6 (the volume)
+//
+// This is how it is done while nobody uses the volume; mergelive.go has the other way.
 //
 // Images refer to what they stand on, so everything above the first merged layer is
 // written anew, into files beside the old ones; one change of the record puts them in
@@ -41,6 +43,8 @@ type merger struct {
 	store  *Store
 	before Record       // with Merging set
 	groups []mergeGroup // consecutive, up to the top; layers below the first stay
+	live   bool         // see mergelive.go
+	pace   *pace        // nil: as fast as it goes
 	top    *formats.Image
 }
 
@@ -59,7 +63,7 @@ func (s *Store) merge(ctx context.Context, name string) (bool, error) {
 	if m == nil || err != nil {
 		return false, err
 	}
-	err = m.fillUnlessNeeded(ctx)
+	err = m.unlessNeeded(ctx, m.fillAll)
 	if err == nil {
 		err = m.commit(ctx)
 	}
@@ -102,6 +106,9 @@ func (s *Store) beginMerge(ctx context.Context, name string) (*merger, error) {
 		if !rec.idle() {
 			return errNotNow
 		}
+		if err := s.settleRelink(rec); err != nil {
+			return err
+		}
 		if m.groups, err = s.planMerge(ctx, *rec); err != nil {
 			return err
 		}
@@ -111,11 +118,7 @@ func (s *Store) beginMerge(ctx context.Context, name string) (*merger, error) {
 		if m.top, err = openChain(ctx, s.fs, rec.Layers, vfs.ReadOnly, nil); err != nil {
 			return err
 		}
-		rec.Merging = nil
-		for _, g := range m.groups {
-			rec.Merging = append(rec.Merging, layerFile(name, rec.NextLayer, rec.Layers[g.to-1].Format))
-			rec.NextLayer++
-		}
+		rec.nameMerged(m.groups)
 		return nil
 	})
 	if err != nil {
@@ -129,6 +132,15 @@ func (s *Store) beginMerge(ctx context.Context, name string) (*merger, error) {
 	}
 	m.before = rec
 	return m, nil
+}
+
+// nameMerged records the files that groups are merged into.
+func (r *Record) nameMerged(groups []mergeGroup) {
+	r.Merging = nil
+	for _, g := range groups {
+		r.Merging = append(r.Merging, layerFile(r.Name, r.NextLayer, r.Layers[g.to-1].Format))
+		r.NextLayer++
+	}
 }
 
 // idle reports whether nobody has, or is about to have, the volume.
@@ -181,33 +193,53 @@ func groupLayers(rec Record, others map[string]bool) []mergeGroup {
 	return groups
 }
 
-// fillUnlessNeeded makes the new layers, and stops when somebody needs the volume.
-func (m *merger) fillUnlessNeeded(ctx context.Context) error {
+// unlessNeeded runs work, and ends it when somebody needs the volume.
+func (m *merger) unlessNeeded(ctx context.Context, work func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var watching sync.WaitGroup
 	defer watching.Wait()
 	defer cancel()
 	watching.Go(func() { m.cancelWhenNeeded(ctx, cancel) })
-	chain := slices.Clone(m.before.Layers[:m.groups[0].from])
-	for i, g := range m.groups {
-		own := LayerRecord{File: m.before.Merging[i], Format: m.before.Layers[g.to-1].Format}
-		if err := m.fill(ctx, g, chain, own); err != nil {
-			return fmt.Errorf("merge layers of volume %s into %s: %w", m.before.Name, own.File, err)
-		}
-		chain = append(chain, own)
-	}
-	return nil
+	return work(ctx)
 }
 
 // cancelWhenNeeded ends the merge when somebody cleared Merging, or the volume is gone.
 func (m *merger) cancelWhenNeeded(ctx context.Context, cancel context.CancelFunc) {
 	for sleep(ctx, m.store.opts.PollInterval) == nil {
 		rec, err := m.store.readRecord(m.before.Name)
-		if err != nil || !slices.Equal(rec.Merging, m.before.Merging) || !rec.idle() {
+		if err != nil || !m.stillWanted(&rec) {
 			cancel()
 			return
 		}
 	}
+}
+
+// stillWanted reports whether the record is as the merge found it, as far as it matters.
+func (m *merger) stillWanted(rec *Record) bool {
+	return slices.Equal(rec.Merging, m.before.Merging) && slices.Equal(rec.Layers, m.before.Layers) &&
+		rec.SizeBytes == m.before.SizeBytes && m.mayMerge(rec)
+}
+
+// mayMerge reports whether the volume is in a state in which its layers can be merged.
+func (m *merger) mayMerge(rec *Record) bool {
+	if m.live {
+		return rec.steady()
+	}
+	return rec.idle()
+}
+
+// fillAll makes the new layers, one on the other.
+func (m *merger) fillAll(ctx context.Context) error {
+	chain := slices.Clone(m.before.Layers[:m.groups[0].from])
+	for i, file := range m.before.Merging {
+		g := m.groups[i]
+		own := LayerRecord{File: file, Format: m.before.Layers[g.to-1].Format}
+		if err := m.fill(ctx, g, chain, own); err != nil {
+			return fmt.Errorf("merge layers of volume %s into %s: %w", m.before.Name, own.File, err)
+		}
+		chain = append(chain, own)
+	}
+	return nil
 }
 
 // fill makes one new layer, which stands on below and holds what a group holds.
@@ -231,10 +263,11 @@ func (m *merger) fill(ctx context.Context, g mergeGroup, below []LayerRecord, ow
 	if err != nil {
 		return err
 	}
+	paced := m.pace.device(ctx, src)
 	if len(below) == 0 {
-		err = formats.Copy(ctx, dst, src, nil)
+		err = formats.Copy(ctx, dst, paced, nil)
 	} else {
-		err = copyLayers(ctx, dst, src, g.to-g.from)
+		err = copyLayers(ctx, dst, paced, g.to-g.from)
 	}
 	return errors.Join(err, dst.Close())
 }
@@ -290,28 +323,40 @@ func copyExtent(dst, src block.Device, extent block.Extent, buf []byte) error {
 // commit puts the new layers in the place of those they were made of.
 func (m *merger) commit(ctx context.Context) error {
 	_, err := m.store.update(ctx, m.before.Name, func(rec *Record) error {
-		if !slices.Equal(rec.Merging, m.before.Merging) || !rec.idle() ||
-			!slices.Equal(rec.Layers, m.before.Layers) || rec.SizeBytes != m.before.SizeBytes {
+		if !m.stillWanted(rec) {
 			return errNotNow
 		}
-		layers := slices.Clone(rec.Layers[:m.groups[0].from])
-		for i, g := range m.groups {
-			old := rec.Layers[g.to-1]
-			layers = append(layers, LayerRecord{File: rec.Merging[i], Format: old.Format})
-			for k := range rec.Snapshots {
-				if rec.Snapshots[k].Layer == old.File {
-					rec.Snapshots[k].Layer = rec.Merging[i]
-				}
-			}
-		}
-		// Which overlay a snapshot switched to no longer means anything.
-		for k := range rec.Snapshots {
-			rec.Snapshots[k].Overlay = ""
-		}
-		rec.Layers, rec.Merging = layers, nil
+		rec.relink(m.after())
 		return nil
 	})
 	return err
+}
+
+// after returns what the volume stands on when all groups but those without a new file,
+// which is the top's of a live merge, are replaced.
+func (m *merger) after() Relink {
+	r := Relink{Layers: slices.Clone(m.before.Layers[:m.groups[0].from]), Replaced: map[string]string{}}
+	for i, g := range m.groups {
+		own := m.before.Layers[g.to-1]
+		if i < len(m.before.Merging) {
+			r.Replaced[own.File] = m.before.Merging[i]
+			own.File = m.before.Merging[i]
+		}
+		r.Layers = append(r.Layers, own)
+	}
+	return r
+}
+
+// relink puts a merged chain in the place of the old one.
+func (r *Record) relink(to Relink) {
+	for k := range r.Snapshots {
+		snap := &r.Snapshots[k]
+		if file := to.Replaced[snap.Layer]; file != "" {
+			snap.Layer = file
+		}
+		snap.Overlay = "" // which one it switched to no longer means anything
+	}
+	r.Layers, r.Merging, r.Relink = to.Layers, nil, nil
 }
 
 // abandon takes back what the record says of the merge; the sweep removes the files.

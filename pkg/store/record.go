@@ -27,6 +27,10 @@ type Record struct {
 	// needs the volume for something else clears it, and the merger gives up.
 	Merging []string `json:"merging,omitempty"`
 
+	// Relink says that the top is about to stand on other layers; until it is gone the
+	// top's own link tells whether it does. See mergelive.go.
+	Relink *Relink `json:"relink,omitempty"`
+
 	// WantSizeBytes is the wish to grow: more than SizeBytes until it is done.
 	WantSizeBytes int64 `json:"wantSizeBytes,omitempty"`
 	// GrowProblem says why the last try to grow failed.
@@ -48,6 +52,13 @@ type Record struct {
 type LayerRecord struct {
 	File   string `json:"file"`   // name in the store: "volumes/v/v.vmdk", "images/x.vmdk"
 	Format string `json:"format"` // what it is opened as, whatever its contents look like
+}
+
+// Relink is a change of what a volume's top stands on.
+type Relink struct {
+	Layers []LayerRecord `json:"layers"` // the chain afterwards
+	// Replaced maps layers that are tops of snapshots to what takes their place.
+	Replaced map[string]string `json:"replaced,omitempty"`
 }
 
 // Source is what a volume's contents came from. Image, Snapshot and Volume exclude each

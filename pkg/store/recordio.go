@@ -205,7 +205,14 @@ func (r *Record) validate(name string) error {
 			return bad("layers are being merged into %.300q, which is not in the volume's directory", file)
 		}
 	}
-	for _, l := range r.Layers {
+	layers := r.Layers
+	if r.Relink != nil {
+		if len(r.Relink.Layers) == 0 || len(r.Layers) == 0 || r.Relink.Layers[len(r.Relink.Layers)-1] != r.top() {
+			return bad("the chain after a merge does not end with the volume's top")
+		}
+		layers = slices.Concat(layers, r.Relink.Layers)
+	}
+	for _, l := range layers {
 		if err := checkLayer(l); err != nil {
 			return bad("%v", err)
 		}

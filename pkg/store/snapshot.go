@@ -107,7 +107,7 @@ func (s *Store) checkWish(rec Record) error {
 		}
 	}
 	if len(rec.Layers)+wished >= s.opts.MaxChain {
-		return fmt.Errorf("%w: the volume stands on %d layers, and %d is the limit: delete snapshots and detach the volume for a while, so that their layers are merged",
+		return fmt.Errorf("%w: the volume stands on %d layers, and %d is the limit: delete snapshots, and wait until their layers are merged",
 			block.ErrUnsupported, len(rec.Layers)+wished, s.opts.MaxChain)
 	}
 	return nil
@@ -167,6 +167,9 @@ func (s *Store) snapshotOffline(ctx context.Context, rec *Record, snap *Snapshot
 	if rec.holds(snap.Overlay) {
 		snap.finish()
 		return nil
+	}
+	if err := s.settleRelink(rec); err != nil {
+		return err
 	}
 	overlay, err := s.nameOverlay(rec, snap)
 	if err != nil {

@@ -21,6 +21,9 @@ type Options struct {
 	MaxChain int
 	// PollInterval is how often a holder looks for wishes: 300 ms by default.
 	PollInterval time.Duration
+	// MergeInterval is how long a holder waits after it has shortened its chain, or
+	// could not, before it tries again: 30 s by default.
+	MergeInterval time.Duration
 	// HolderWait is how long Attach and DeleteVolume wait for a previous holder of
 	// the volume to go: 20 s by default.
 	HolderWait time.Duration
@@ -34,6 +37,8 @@ const (
 	defaultMaxChain     = 32
 	defaultPollInterval = 300 * time.Millisecond
 	defaultHolderWait   = 20 * time.Second
+
+	defaultMergeInterval = 30 * time.Second
 	// wishPoll is how often who made a wish looks whether it is fulfilled.
 	wishPoll = 60 * time.Millisecond
 )
@@ -44,6 +49,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.PollInterval <= 0 {
 		o.PollInterval = defaultPollInterval
+	}
+	if o.MergeInterval <= 0 {
+		o.MergeInterval = defaultMergeInterval
 	}
 	if o.HolderWait <= 0 {
 		o.HolderWait = defaultHolderWait

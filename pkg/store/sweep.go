@@ -117,6 +117,9 @@ func (r *Record) neededLayers() []string {
 	if !r.Deleted {
 		add(r.Layers)
 		files = append(files, r.Merging...)
+		if r.Relink != nil {
+			add(r.Relink.Layers)
+		}
 	}
 	for _, snap := range r.Snapshots {
 		if snap.Layer != "" {

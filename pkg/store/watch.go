@@ -33,6 +33,7 @@ func (a *Attached) watch(ctx context.Context) {
 		a.saw(rec)
 		if !a.opts.ReadOnly {
 			a.fulfil(ctx, rec)
+			a.mergeSometimes(ctx)
 		}
 	}
 }
@@ -80,6 +81,7 @@ func (a *Attached) update(ctx context.Context, change func(rec *Record) error) (
 		if err := a.allowed(rec); err != nil {
 			return err
 		}
+		rec.adoptRelink(chainOf(a.image))
 		return change(rec)
 	})
 	if err == nil {
