@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"slices"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
@@ -34,14 +33,31 @@ func (v Conversion) Convert(ctx context.Context, src block.Device, to Format, re
 	if req.SizeBytes == 0 {
 		req.SizeBytes = RoundSize(to, src.Info().SizeBytes)
 	}
-	if err := to.Create(ctx, req); err != nil {
+	made := &madeFiles{FS: req.FS}
+	create := req
+	create.FS = made
+	if err := to.Create(ctx, create); err != nil {
 		return err
 	}
-	files, err := v.fill(ctx, src, to, req, progress)
-	if err != nil {
-		return removeFailed(err, req, files)
+	if err := v.fill(ctx, src, to, req, progress); err != nil {
+		return removeFailed(err, req.FS, append(made.names, req.Name)) // it may have been renamed
 	}
 	return nil
+}
+
+// madeFiles notes which files are made through it: those of an image that has just been
+// created and cannot be opened to be asked.
+type madeFiles struct {
+	vfs.FS
+	names []string
+}
+
+func (m *madeFiles) Create(name string) (vfs.File, error) {
+	f, err := m.FS.Create(name)
+	if err == nil {
+		m.names = append(m.names, name)
+	}
+	return f, err
 }
 
 // RoundSize returns the smallest guest size that an image of a format can have and n bytes
@@ -51,25 +67,19 @@ func RoundSize(f Format, n int64) int64 {
 	return (n + m - 1) / m * m
 }
 
-// fill copies src into a new image and makes it durable. It returns the files that the
-// image consists of, as far as it got to know them.
-func (v Conversion) fill(ctx context.Context, src block.Device, to Format, req CreateRequest, progress Progress) (files []string, err error) {
-	files = []string{req.Name}
+// fill copies src into a new image and makes it durable.
+func (v Conversion) fill(ctx context.Context, src block.Device, to Format, req CreateRequest, progress Progress) error {
 	dst, err := Open(ctx, req.FS, req.Name, OpenOptions{
 		Format: to.Name(), Mode: vfs.ReadWrite, Secret: req.Secret, ParentFormats: v.ParentFormats,
 	})
 	if err != nil {
-		return files, err
-	}
-	files = nil
-	for _, f := range dst.Layers()[0].Files {
-		files = append(files, f.Name())
+		return err
 	}
 	err = v.Copy(ctx, dst, src, progress)
 	if err == nil && v.Under != nil {
 		err = clearTail(dst, src)
 	}
-	return files, errors.Join(err, dst.Close())
+	return errors.Join(err, dst.Close())
 }
 
 // clearTail zeroes what a disk has past the end of another: a parent may have data there.
@@ -82,12 +92,9 @@ func clearTail(dst, src block.Device) error {
 }
 
 // removeFailed removes what a failed conversion made, and returns why it failed.
-func removeFailed(err error, req CreateRequest, files []string) error {
-	if !slices.Contains(files, req.Name) {
-		files = append(files, req.Name)
-	}
-	for _, name := range files {
-		if e := req.FS.Remove(name); e != nil && !errors.Is(e, fs.ErrNotExist) {
+func removeFailed(err error, fsys vfs.FS, made []string) error {
+	for _, name := range made {
+		if e := fsys.Remove(name); e != nil && !errors.Is(e, fs.ErrNotExist) {
 			err = errors.Join(err, fmt.Errorf("remove the unfinished %s: %w", name, e))
 		}
 	}

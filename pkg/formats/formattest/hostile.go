@@ -36,15 +36,12 @@ func testHostile(t *testing.T, f Factory) {
 	counted(t, &Figures.HostileImages, "damaged images")
 	r := testenv.Rand(t)
 	mem := vfs.NewMem()
-	depths := f.depths()
-	p := newPlayer(t, f, mem, r, depths[min(1, len(depths)-1)])
-	p.play(t, f.script(r, mix{opWrite: 3, opDiscard: 1, opFlush: 1}, 20))
-	p.mustClose(t)
+	image := madeForDamage(t, f, mem, r)
 	intact, err := readFiles(mem)
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &hostile{f: f, r: r, intact: intact, names: p.rig.names, top: p.rig.top()}
+	h := &hostile{f: f, r: r, intact: intact, names: image.names, top: image.top()}
 	h.findMetadata()
 	for i := range f.scaled(400) {
 		files, what := h.damaged(i)
@@ -53,6 +50,22 @@ func testHostile(t *testing.T, f Factory) {
 		}
 		Figures.HostileImages.Add(1)
 	}
+}
+
+// madeForDamage returns an image, not open, with something in it.
+func madeForDamage(t testing.TB, f Factory, mem *vfs.Mem, r *rand.Rand) *rig {
+	t.Helper()
+	if f.FilledOnly {
+		if err := f.convert(mem, f.randomContents(r), true); err != nil {
+			t.Fatal(err)
+		}
+		return f.converted(mem)
+	}
+	depths := f.depths()
+	p := newPlayer(t, f, mem, r, depths[min(1, len(depths)-1)])
+	p.play(t, f.script(r, mix{opWrite: 3, opDiscard: 1, opFlush: 1}, 20))
+	p.mustClose(t)
+	return p.rig
 }
 
 // readFiles returns the contents of all files in the root directory.
