@@ -14,10 +14,10 @@ PACKAGES ?= ./...
 RUN      ?= .
 LINTER   := .cache/bin/golangci-lint
 
-.PHONY: help build demo test lint race fuzz bench vm-test generate verify clean go deps
+.PHONY: help build demo test lint race fuzz bench vm-test oracle-virtualbox generate verify clean go deps
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: go ## build bin/csi-imgdisk, one static binary
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/csi-imgdisk ./cmd/csi-imgdisk
@@ -45,6 +45,9 @@ bench: deps ## measure speed beside qemu-nbd and nbdkit, in one run
 
 vm-test: go ## test the kernel transports in virtual machines with Debian's kernels
 	go run ./test/vm
+
+oracle-virtualbox: go ## test images against VirtualBox's own reader and writer (downloads it into a cache)
+	go run ./test/virtualbox
 
 generate: go ## make checked-in generated files anew
 	go generate ./...
