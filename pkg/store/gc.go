@@ -19,8 +19,8 @@ type GCResult struct {
 }
 
 // GC brings to an end what was left unfinished: it removes interrupted creations and what
-// nothing needs, carries out wishes that nobody waits for any more, and shortens chains
-// of volumes that nobody uses. What somebody is at is left alone. It can run at any time,
+// nothing needs, carries out wishes that nobody waits for any more, shortens chains of
+// volumes that nobody uses, and asks the holders of others to. What somebody is at is left alone. It can run at any time,
 // several at once, too.
 func (s *Store) GC(ctx context.Context) (GCResult, error) {
 	result := GCResult{RemovedVolumes: []string{}, RemovedFiles: []string{}, MergedVolumes: []string{}, Problems: []string{}}
@@ -64,7 +64,7 @@ func (s *Store) collect(ctx context.Context, name string, deleted bool, result *
 	case !rec.Ready && !rec.Deleted:
 		return s.collectUnmade(ctx, name, result)
 	}
-	if err := errors.Join(s.dropStalePins(ctx, rec), s.fulfilLeftWishes(ctx, rec), s.endDeadMerge(ctx, rec)); err != nil {
+	if err := errors.Join(s.dropStalePins(ctx, rec), s.fulfilLeftWishes(ctx, rec), s.endDeadMerge(ctx, rec), s.wishMerge(ctx, rec)); err != nil {
 		return err
 	}
 	if !rec.Deleted {

@@ -152,6 +152,15 @@ func (r *Record) idle() bool {
 // planMerge returns the groups from the first one with something to merge; nil if there
 // is none.
 func (s *Store) planMerge(ctx context.Context, rec Record) ([]mergeGroup, error) {
+	others, err := s.othersNeed(ctx, rec.Name)
+	if err != nil {
+		return nil, err
+	}
+	return groupLayers(rec, others), nil
+}
+
+// othersNeed returns the files of the layers that volumes besides one need.
+func (s *Store) othersNeed(ctx context.Context, name string) (map[string]bool, error) {
 	all, err := s.records(ctx)
 	if err != nil {
 		return nil, err
@@ -161,14 +170,14 @@ func (s *Store) planMerge(ctx context.Context, rec Record) ([]mergeGroup, error)
 		if e.Err != nil {
 			return nil, e.Err
 		}
-		if e.Name == rec.Name {
+		if e.Name == name {
 			continue
 		}
 		for _, file := range e.Record.neededLayers() {
 			others[file] = true
 		}
 	}
-	return groupLayers(rec, others), nil
+	return others, nil
 }
 
 // groupLayers is planMerge, given what other volumes need.
@@ -356,7 +365,7 @@ func (r *Record) relink(to Relink) {
 		}
 		snap.Overlay = "" // which one it switched to no longer means anything
 	}
-	r.Layers, r.Merging, r.Relink = to.Layers, nil, nil
+	r.Layers, r.Merging, r.MergeWish, r.Relink = to.Layers, nil, nil, nil
 }
 
 // abandon takes back what the record says of the merge; the sweep removes the files.

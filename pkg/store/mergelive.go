@@ -18,14 +18,50 @@ import (
 //	before   base ← 1 ← 2 (snapshot s) ← 3 ← 4 (the volume)
 //	after    5 (snapshot s) ← 4 (the volume, with what 3 held)
 //
+// The wish comes from a collection (GC), which knows what other volumes need; the holder
+// touches nothing but its own volume's directory.
+//
 // Requests go on meanwhile, at the store's cost only: every copy is followed by a pause as
 // long as it took. The change of what the top stands on is in the image and in the record,
 // so the record says first that it is coming (Relink), and whoever opens the volume after
 // a kill looks at the image to see whether it came.
 
-// mergeSometimes begins a merge if the record looks as if there is something to merge.
+// wishMerge asks the holder of a volume in use to shorten its chain, if that can be.
+func (s *Store) wishMerge(ctx context.Context, rec Record) error {
+	if rec.serving() == "" || rec.MergeWish != nil || !rec.steady() || len(groupLayers(rec, nil)) == 0 {
+		return nil
+	}
+	others, err := s.othersNeed(ctx, rec.Name)
+	if err != nil || len(groupLayers(rec, others)) == 0 {
+		return err
+	}
+	wish := &MergeWish{}
+	for _, l := range rec.Layers {
+		if others[l.File] && ownerOf(l.File) == rec.Name {
+			wish.Shared = append(wish.Shared, l.File)
+		}
+	}
+	_, err = s.update(ctx, rec.Name, func(now *Record) error {
+		if slices.Equal(now.Layers, rec.Layers) {
+			now.MergeWish = wish
+		}
+		return nil
+	})
+	return err
+}
+
+// groups returns what the wish asks to merge.
+func (w *MergeWish) groups(rec Record) []mergeGroup {
+	others := map[string]bool{}
+	for _, file := range w.Shared {
+		others[file] = true
+	}
+	return groupLayers(rec, others)
+}
+
+// mergeSometimes begins a merge if one is wished for.
 func (a *Attached) mergeSometimes(ctx context.Context) {
-	if time.Now().Before(a.nextMerge) || a.cannotMerge.Load() || len(groupLayers(a.Record(), nil)) == 0 || !a.merging.TryLock() {
+	if time.Now().Before(a.nextMerge) || a.Record().MergeWish == nil || a.cannotMerge.Load() || !a.merging.TryLock() {
 		return
 	}
 	a.nextMerge = time.Now().Add(a.store.opts.MergeInterval)
@@ -47,7 +83,7 @@ func (a *Attached) mergeLive(ctx context.Context) error {
 	}
 	defer a.store.unlockMerge(lock, a.name)
 	m, err := a.beginMerge(ctx)
-	if err != nil {
+	if err != nil || len(m.groups) == 0 {
 		return err
 	}
 	err = m.unlessNeeded(ctx, func(ctx context.Context) error {
@@ -63,22 +99,19 @@ func (a *Attached) mergeLive(ctx context.Context) error {
 	if err != nil {
 		err = errors.Join(err, m.abandon(context.WithoutCancel(ctx)))
 	}
-	_, sweepErr := a.store.sweep(context.WithoutCancel(ctx), a.name)
-	return errors.Join(err, sweepErr)
+	return err
 }
 
 // beginMerge decides what to merge, and records it.
 func (a *Attached) beginMerge(ctx context.Context) (*merger, error) {
 	m := &merger{store: a.store, live: true, pace: &pace{}}
-	rec, err := a.update(ctx, func(rec *Record) (err error) {
-		if !rec.steady() || !slices.Equal(chainOf(a.image), rec.Layers) {
+	rec, err := a.update(ctx, func(rec *Record) error {
+		if rec.MergeWish == nil || !rec.steady() || !slices.Equal(chainOf(a.image), rec.Layers) {
 			return errNotNow
 		}
-		if m.groups, err = a.store.planMerge(ctx, *rec); err != nil {
-			return err
-		}
-		if len(m.groups) == 0 {
-			return errNotNow
+		if m.groups = rec.MergeWish.groups(*rec); len(m.groups) == 0 {
+			rec.MergeWish = nil
+			return nil
 		}
 		rec.nameMerged(m.groups[:len(m.groups)-1])
 		return nil

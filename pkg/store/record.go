@@ -27,6 +27,9 @@ type Record struct {
 	// needs the volume for something else clears it, and the merger gives up.
 	Merging []string `json:"merging,omitempty"`
 
+	// MergeWish asks the holder to shorten the chain that it serves.
+	MergeWish *MergeWish `json:"mergeWish,omitempty"`
+
 	// Relink says that the top is about to stand on other layers; until it is gone the
 	// top's own link tells whether it does. See mergelive.go.
 	Relink *Relink `json:"relink,omitempty"`
@@ -52,6 +55,13 @@ type Record struct {
 type LayerRecord struct {
 	File   string `json:"file"`   // name in the store: "volumes/v/v.vmdk", "images/x.vmdk"
 	Format string `json:"format"` // what it is opened as, whatever its contents look like
+}
+
+// MergeWish is the wish that a volume in use be merged; see mergelive.go.
+type MergeWish struct {
+	// Shared are the volume's own layers that other volumes need, too: merging them
+	// would save nothing.
+	Shared []string `json:"shared,omitempty"`
 }
 
 // Relink is a change of what a volume's top stands on.

@@ -21,8 +21,8 @@ type Options struct {
 	MaxChain int
 	// PollInterval is how often a holder looks for wishes: 300 ms by default.
 	PollInterval time.Duration
-	// MergeInterval is how long a holder waits after it has shortened its chain, or
-	// could not, before it tries again: 30 s by default.
+	// MergeInterval is how long a holder waits between two tries to shorten its chain:
+	// 30 s by default.
 	MergeInterval time.Duration
 	// HolderWait is how long Attach and DeleteVolume wait for a previous holder of
 	// the volume to go: 20 s by default.
