@@ -35,6 +35,7 @@ func TestSuite_FindsBugs(t *testing.T) {
 		"failed create leaves a file":  "ErrorSweep",
 		"failed open leaks the file":   "ErrorSweep",
 		"error is swallowed":           "ErrorSweep",
+		"stream can be changed":        "stream/Convert",
 		"inflates too little":          "Model",
 		"parent's format is forgotten": "on_raw/Model",
 		"shrink loses what stays":      "Shrink",

@@ -26,9 +26,13 @@ func factories() []formattest.Factory {
 	encrypted.Secret = func(string) ([]byte, error) { return []byte("open sesame"), nil }
 	onRaw, onSmaller, onLarger := toyFactory(), toyFactory(), toyFactory()
 	onRaw.Name, onRaw.Base = "on raw", &formattest.Base{Format: raw.Format{}, QEMU: "raw"}
+	for _, f := range []*formattest.Factory{&onRaw, &onSmaller, &onLarger} {
+		f.Cost = 3 // what they are about is found soon
+	}
 	onSmaller.Name, onSmaller.Base = "on smaller", &formattest.Base{Format: toy{}, FileName: "base.toy", SizeBytes: 100 << 10}
 	onLarger.Name, onLarger.Base = "on larger", &formattest.Base{Format: raw.Format{}, SizeBytes: 200 << 10}
-	return []formattest.Factory{toyFactory(), encrypted, onRaw, onSmaller, onLarger}
+	stream := formattest.Factory{Name: "stream", Format: toy{bug: bug, stream: true}, SizeBytes: 160<<10 + 512, FilledOnly: true}
+	return []formattest.Factory{toyFactory(), encrypted, onRaw, onSmaller, onLarger, stream}
 }
 
 const bugVariable = "IMGDISK_TOY_BUG"

@@ -54,6 +54,8 @@ type Factory struct {
 	// Secret knows the password of images that are encrypted; nil: they are not. The suite
 	// hands it to everything that creates or opens one.
 	Secret formats.Secret
+	// QEMUCrypt is what qemu-img calls the encryption (encrypt.format): "aes".
+	QEMUCrypt string
 	// Base, if set, is what every chain stands on: an image of another format, or of
 	// another size. Then the images of the kind under test are all made by Overlay, and
 	// Create is not used.

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
@@ -44,8 +45,8 @@ func (o *oracle) look(r *rig, want []byte) error {
 	if err := export(r.fs, ".", o.dir); err != nil {
 		return fmt.Errorf("export: %w", err)
 	}
-	for _, name := range r.names {
-		if err := o.check(name); err != nil {
+	for i := range r.names {
+		if err := o.check(r.names[:i+1]); err != nil {
 			return err
 		}
 	}
@@ -54,13 +55,53 @@ func (o *oracle) look(r *rig, want []byte) error {
 	if err := os.WriteFile(raw, want, 0o600); err != nil {
 		return err
 	}
-	top := filepath.Join(o.dir, r.top())
-	out, err := exec.Command(o.qemuImg, "compare", "-f", o.f.qemuOf(r.top()), "-F", "raw", top, raw).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("qemu-img compare %s: %w\n%s", r.top(), err, out)
+	if err := o.compare(r, raw); err != nil {
+		return err
 	}
 	Figures.OracleCompares.Add(1)
 	return nil
+}
+
+// compare has qemu-img compare a chain with a raw file.
+func (o *oracle) compare(r *rig, raw string) error {
+	args := []string{"compare"}
+	if o.f.Secret == nil {
+		args = append(args, "-f", o.f.qemuOf(r.top()), "-F", "raw", filepath.Join(o.dir, r.top()), raw)
+	} else {
+		options, err := o.encrypted(r.names)
+		if err != nil {
+			return err
+		}
+		args = append(args, options...)
+		args = append(args, "driver=raw,file.filename="+raw)
+	}
+	out, err := exec.Command(o.qemuImg, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("qemu-img compare %s: %w\n%s", r.top(), err, out)
+	}
+	return nil
+}
+
+// encrypted returns how qemu-img opens a chain of encrypted images.
+func (o *oracle) encrypted(names []string) ([]string, error) {
+	top := names[len(names)-1]
+	password, err := o.f.Secret(top)
+	if err != nil {
+		return nil, err
+	}
+	file := filepath.Join(o.dir, "secret")
+	if err := os.WriteFile(file, password, 0o600); err != nil {
+		return nil, err
+	}
+	options := "driver=" + o.f.QEMU + ",file.filename=" + filepath.Join(o.dir, top)
+	layer := ""
+	for _, name := range slices.Backward(names) {
+		if o.f.formatOf(name) == o.f.Format {
+			options += fmt.Sprintf(",%sencrypt.format=%s,%sencrypt.key-secret=sec0", layer, o.f.QEMUCrypt, layer)
+		}
+		layer += "backing."
+	}
+	return []string{"--object", "secret,id=sec0,file=" + file, "--image-opts", options}, nil
 }
 
 // Exit codes of qemu-img check.
@@ -69,18 +110,28 @@ const (
 	qemuCheckUnsupported = 63 // for formats that it has no check for
 )
 
-func (o *oracle) check(name string) error {
-	format := o.f.qemuOf(name)
+// check has qemu-img check the top of a chain.
+func (o *oracle) check(names []string) error {
+	name := names[len(names)-1]
+	format, own := o.f.qemuOf(name), o.f.formatOf(name) == o.f.Format
 	if format == "" {
 		return nil
 	}
 	file := filepath.Join(o.dir, name)
-	if o.crashed && o.f.BeforeOracle != nil && o.f.formatOf(name) == o.f.Format {
+	if o.crashed && o.f.BeforeOracle != nil && own {
 		if err := o.f.BeforeOracle(o.qemuImg, file); err != nil {
 			return err
 		}
 	}
-	out, err := exec.Command(o.qemuImg, "check", "-f", format, file).CombinedOutput()
+	args := []string{"check", "-f", format, file}
+	if o.f.Secret != nil && own {
+		options, err := o.encrypted(names)
+		if err != nil {
+			return err
+		}
+		args = append([]string{"check"}, options...)
+	}
+	out, err := exec.Command(o.qemuImg, args...).CombinedOutput()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		switch code := exit.ExitCode(); {

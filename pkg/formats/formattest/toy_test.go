@@ -26,11 +26,13 @@ import (
 //	4096  entries: 0 absent, 1 zero, else the file offset of a cluster, +2 if it is compressed:
 //	      length[4] and a deflate stream
 //
+// A stream's clusters are all compressed; what does not become smaller is as it is.
 // Encrypted, it is a format of its own.
 type toy struct {
 	bug       toyBug
 	encrypted bool
-	password  string // of encrypted ones; only "" means that nobody is asked
+	password  string // of encrypted ones; "" means that nobody is asked
+	stream    bool   // it is filled once; a format of its own, too
 }
 
 // toyBug is a mistake that a format could make.
@@ -62,6 +64,9 @@ func toyWrong(format string, args ...any) error {
 func (f toy) Name() string {
 	if f.encrypted {
 		return "toycrypt"
+	}
+	if f.stream {
+		return "toystream"
 	}
 	return "toy"
 }
@@ -212,7 +217,7 @@ func (f toy) fill(l *engine.Layer, file vfs.File, req formats.OpenRequest) error
 	if size%toyClusterBytes != 0 && f.bug.is("odd length is refused") {
 		return toyWrong("%s is %d bytes long", req.Name, size)
 	}
-	c := &toyCodec{toy: f, l: l, h: h, file: file}
+	c := &toyCodec{toy: f, l: l, h: h, file: file, filled: size > toyDataStart(h.entries)}
 	c.space = engine.NewSpace(file, 0, size, toyClusterBytes, 0)
 	l.Codec = c
 	if h.parent != "" && !f.bug.is("parent is ignored") {
@@ -235,10 +240,15 @@ type toyCodec struct {
 	file  vfs.File
 	h     toyHeader
 	space *engine.Space
+	// filled says that an image had contents when it was opened.
+	filled bool
 }
 
 func (c *toyCodec) Geometry() engine.Geometry {
 	g := engine.Geometry{SizeBytes: c.h.size, ClusterBytes: toyClusterBytes, LogicalBlockBytes: 512, ZeroState: true}
+	if c.stream {
+		g.Sequential, g.ReadOnly = !c.filled, c.filled && !c.bug.is("stream can be changed")
+	}
 	if c.encrypted && !c.bug.is("stored as plain text") {
 		g.Cipher = toyCipher{}
 	}
@@ -354,6 +364,10 @@ func (c *toyCodec) ReadCompressed(run engine.Run, p []byte) error {
 		return err
 	}
 	n := binary.LittleEndian.Uint32(stored)
+	if n > toyClusterBytes-4 && c.stream {
+		copy(p, stored)
+		return nil
+	}
 	if n > toyClusterBytes-4 {
 		return toyWrong("%d compressed bytes", n)
 	}
@@ -383,6 +397,9 @@ func (c *toyCodec) Compress(_ int64, p []byte) ([]byte, error) {
 		return nil, err
 	}
 	if err := w.Close(); err != nil || stored.Len() > toyClusterBytes {
+		if c.stream && err == nil { // it cannot be plain, and does not begin with a length
+			return bytes.Clone(p), nil
+		}
 		return nil, err
 	}
 	binary.LittleEndian.PutUint32(stored.Bytes(), uint32(stored.Len()-4))
