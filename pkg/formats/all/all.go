@@ -6,6 +6,7 @@ import (
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/raw"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vdi"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vmdk"
 )
 
@@ -14,5 +15,5 @@ import (
 func Register() { register() }
 
 var register = sync.OnceFunc(func() {
-	formats.Register(vmdk.Format{}, raw.Format{})
+	formats.Register(vmdk.Format{}, vdi.Format{}, raw.Format{})
 })
