@@ -23,7 +23,7 @@ var unread = map[string][]string{
 }
 
 // theirName is what VirtualBox calls a format it can write.
-var theirName = map[string]string{"vdi": "VDI", "vmdk": "VMDK", "vpc": "VHD"}
+var theirName = map[string]string{"vdi": "VDI", "vmdk": "VMDK", "vpc": "VHD", "qcow": "QCOW"}
 
 // VirtualBox reads what we wrote: every format, in every kind it knows.
 func TestTheyReadOurs(t *testing.T) {
@@ -56,9 +56,10 @@ func kinds(subformats []string) []string {
 // We read what VirtualBox wrote.
 func TestWeReadTheirs(t *testing.T) {
 	for format, variants := range map[string][]string{
-		"vmdk": {"Standard", "Fixed", "Split2G", "Fixed,Split2G", "Stream"},
+		"vmdk": {"Standard", "Fixed", "Split2G", "Fixed,Split2G", "Fixed,ESX", "Stream"},
 		"vdi":  {"Standard", "Fixed"},
 		"vpc":  {"Standard", "Fixed"},
+		"qcow": {"Standard"}, // without children: those name their parents by absolute paths
 	} {
 		for _, variant := range variants {
 			t.Run(format+"/"+variant, func(t *testing.T) {
@@ -75,7 +76,7 @@ func TestWeReadTheirs(t *testing.T) {
 
 // VirtualBox writes to our images and we to its, in turn.
 func TestBothWrite(t *testing.T) {
-	for _, format := range []string{"vmdk", "vdi", "vpc"} {
+	for _, format := range []string{"vmdk", "vdi", "vpc", "qcow", "qcow2"} {
 		t.Run(format, func(t *testing.T) {
 			b := newBox(t)
 			name := "disk." + format
