@@ -1,10 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
+	"os"
 
 	"github.com/spf13/cobra"
 
@@ -18,13 +19,46 @@ type access struct {
 	root       string
 	format     string
 	forceShare bool
+	secretFile string
 }
 
 func (a *access) addFlags(cmd *cobra.Command) {
 	a.addRootFlag(cmd)
 	a.addFormatFlag(cmd, "format", "f", "the image's format; found out from its contents if not given")
+	a.addSecretFlag(cmd, "secret-file")
 	cmd.Flags().BoolVarP(&a.forceShare, "force-share", "U", false,
 		"do not mind that somebody else writes the image: what is seen may be out of date or inconsistent")
+}
+
+// addSecretFlag adds the flag for passwords: those on a command line are seen by everybody.
+func (a *access) addSecretFlag(cmd *cobra.Command, name string) {
+	cmd.Flags().StringVar(&a.secretFile, name, "", "file with the password of an encrypted image; a line break at its end does not count")
+}
+
+// secret returns what to ask for passwords, nil if there are none.
+func (a *access) secret() formats.Secret { return secretFrom(a.secretFile) }
+
+// anySecret is secret for work that reads nothing encrypted: without the password, any
+// will do.
+func (a *access) anySecret() formats.Secret {
+	if a.secretFile != "" {
+		return a.secret()
+	}
+	return func(string) ([]byte, error) { return []byte("unknown"), nil }
+}
+
+// secretFrom returns a Secret that has one password for all images, nil for no file.
+func secretFrom(path string) formats.Secret {
+	if path == "" {
+		return nil
+	}
+	return func(string) ([]byte, error) {
+		password, err := os.ReadFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("read the password: %w", err)
+		}
+		return bytes.TrimSuffix(bytes.TrimSuffix(password, []byte("\n")), []byte("\r")), nil
+	}
 }
 
 func (a *access) addRootFlag(cmd *cobra.Command) {
@@ -44,7 +78,11 @@ type openedImage struct {
 
 // open opens an image with everything it stands on.
 func (a *access) open(ctx context.Context, path string, mode vfs.Mode) (*openedImage, error) {
-	return a.openWith(ctx, path, formats.OpenOptions{Format: a.format, Mode: mode, NoLock: a.forceShare})
+	return a.openWith(ctx, path, a.options(mode))
+}
+
+func (a *access) options(mode vfs.Mode) formats.OpenOptions {
+	return formats.OpenOptions{Format: a.format, Mode: mode, NoLock: a.forceShare, Secret: a.secret()}
 }
 
 func (a *access) openWith(ctx context.Context, path string, opts formats.OpenOptions) (*openedImage, error) {
@@ -95,17 +133,5 @@ func (o *openedImage) release() { _ = o.close() } // nothing can be lost
 // formatName returns the format of the image itself.
 func (o *openedImage) formatName() string { return o.Layers()[0].Format }
 
-// hostPath returns the path of a file in the image's tree in the way the person named
-// the image: relative if that was.
-func (o *openedImage) hostPath(named, name string) string {
-	path := filepath.Join(o.at.root, filepath.FromSlash(name))
-	if filepath.IsAbs(named) {
-		return path
-	}
-	if abs, err := filepath.Abs("."); err == nil {
-		if rel, err := filepath.Rel(abs, path); err == nil {
-			return rel
-		}
-	}
-	return path
-}
+// hostPath returns the path of a file in the image's tree.
+func (o *openedImage) hostPath(named, name string) string { return o.at.hostPath(named, name) }

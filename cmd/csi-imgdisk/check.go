@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 
@@ -36,6 +35,7 @@ type checkReport struct {
 	Filename           string   `json:"filename"`
 	Format             string   `json:"format"`
 	Problems           []string `json:"problems,omitempty"`
+	Repairs            []string `json:"repairs,omitempty"`
 }
 
 func newCheckCommand() *cobra.Command {
@@ -49,10 +49,13 @@ those of qemu-img check.
 
 Exit codes: 0 nothing wrong, 1 the check could not be completed, 2 the image is corrupt,
 3 it has leaks (space that nothing refers to) and is otherwise good, 63 the format has
-nothing to check.`,
+nothing to check.
+
+With --repair, what was found is fixed as far as no good data is touched, and the image is
+checked once more: the result and the exit code say what is left.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			report, err := check(cmd.Context(), how, args[0], repair)
+			report, err := check(cmd, how, args[0], repair)
 			if err != nil {
 				return err
 			}
@@ -63,11 +66,29 @@ nothing to check.`,
 		},
 	}
 	how.addFlags(cmd)
+	addProgressFlag(cmd)
 	cmd.Flags().BoolVar(&repair, "repair", false, "fix what can be fixed without touching good data, and give lost space back")
 	return cmd
 }
 
-func check(ctx context.Context, how access, path string, repair bool) (checkReport, error) {
+// check examines an image. What was repaired is examined again: the report says what is
+// left, and what was fixed.
+func check(cmd *cobra.Command, how access, path string, repair bool) (checkReport, error) {
+	report, err := checkOnce(cmd, how, path, repair)
+	if err != nil || report.CorruptionsFixed+report.LeaksFixed == 0 {
+		return report, err
+	}
+	how.format = report.Format
+	again, err := checkOnce(cmd, how, path, false)
+	if err != nil {
+		return report, err
+	}
+	again.CorruptionsFixed, again.LeaksFixed = report.CorruptionsFixed, report.LeaksFixed
+	again.Repairs = report.Repairs
+	return again, nil
+}
+
+func checkOnce(cmd *cobra.Command, how access, path string, repair bool) (checkReport, error) {
 	layer, err := how.openLayer(path, repair)
 	if err != nil {
 		return checkReport{}, err
@@ -77,8 +98,8 @@ func check(ctx context.Context, how access, path string, repair bool) (checkRepo
 	if layer.hasNoTables {
 		return checkReport{}, unchecked
 	}
-	progress, end := startProgress("checking")
-	result, err := engine.Check(ctx, layer.Layer, repair, progress)
+	progress, end := startProgress(cmd, "checking", inTables)
+	result, err := engine.Check(cmd.Context(), layer.Layer, repair, progress)
 	end()
 	switch {
 	case errors.Is(err, block.ErrUnsupported):
@@ -124,7 +145,7 @@ func (a *access) openLayerAt(at *location, write bool) (*openedLayer, error) {
 	if err != nil {
 		return nil, err
 	}
-	req := formats.OpenRequest{FS: at.fs, Name: at.name, Mode: vfs.ReadOnly, NoLock: a.forceShare && !write}
+	req := formats.OpenRequest{FS: at.fs, Name: at.name, Mode: vfs.ReadOnly, NoLock: a.forceShare && !write, Secret: a.anySecret()}
 	if write {
 		req.Mode = vfs.ReadWrite
 	}
@@ -143,16 +164,22 @@ func newCheckReport(path, format string, result engine.CheckResult) checkReport 
 		Leaks: result.Leaks, CorruptionsFixed: result.FixedProblems, LeaksFixed: result.FixedLeaks, Filename: path, Format: format,
 	}
 	for _, problem := range result.Problems {
-		text := problem.Text
 		if problem.Fixed {
-			text += " (fixed)"
+			report.Repairs = append(report.Repairs, problem.Text)
+		} else {
+			report.Problems = append(report.Problems, problem.Text)
 		}
-		report.Problems = append(report.Problems, text)
 	}
 	return report
 }
 
 func (r *checkReport) print(p *printer) {
+	if r.CorruptionsFixed+r.LeaksFixed > 0 {
+		p.line("repaired: %d corruptions, %d leaks", r.CorruptionsFixed, r.LeaksFixed)
+		for _, problem := range r.Repairs {
+			p.line("  %s", problem)
+		}
+	}
 	for _, problem := range r.Problems {
 		p.line("%s", problem)
 	}
@@ -163,9 +190,6 @@ func (r *checkReport) print(p *printer) {
 		p.line("%s has %d leaks: space that nothing refers to; its data is good", r.Filename, r.Leaks)
 	default:
 		p.line("%s is good", r.Filename)
-	}
-	if r.CorruptionsFixed+r.LeaksFixed > 0 {
-		p.line("fixed: %d problems, %d leaks", r.CorruptionsFixed, r.LeaksFixed)
 	}
 	if r.TotalClusters > 0 {
 		p.line("%d of %d clusters allocated (%.1f %%), %d compressed",

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 
@@ -45,7 +44,7 @@ could not be found out, 4 it could not be read.`,
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			a.forceShare, b.forceShare, b.root = share, share, a.root
-			d, err := compare(cmd.Context(), a, b, args, strict)
+			d, err := compare(cmd, a, b, args, strict)
 			if err != nil {
 				return err
 			}
@@ -55,12 +54,16 @@ could not be found out, 4 it could not be read.`,
 	a.addRootFlag(cmd)
 	a.addFormatFlag(cmd, "format", "f", "the first image's format; found out from its contents if not given")
 	b.addFormatFlag(cmd, "second-format", "F", "the second image's format; found out from its contents if not given")
+	a.addSecretFlag(cmd, "secret-file")
+	b.addSecretFlag(cmd, "second-secret-file")
+	addProgressFlag(cmd)
 	cmd.Flags().BoolVarP(&strict, "strict", "s", false, "sizes and allocation must be the same, too")
 	cmd.Flags().BoolVarP(&share, "force-share", "U", false, "do not mind that somebody else writes the images")
 	return cmd
 }
 
-func compare(ctx context.Context, a, b access, paths []string, strict bool) (formats.Difference, error) {
+func compare(cmd *cobra.Command, a, b access, paths []string, strict bool) (formats.Difference, error) {
+	ctx := cmd.Context()
 	first, err := a.open(ctx, paths[0], vfs.ReadOnly)
 	if err != nil {
 		return formats.Difference{}, &exitError{compareOpenFailed, err}
@@ -71,7 +74,7 @@ func compare(ctx context.Context, a, b access, paths []string, strict bool) (for
 		return formats.Difference{}, &exitError{compareOpenFailed, err}
 	}
 	defer second.release()
-	progress, end := startProgress("comparing")
+	progress, end := startProgress(cmd, "comparing", inBytes)
 	d, err := formats.Compare(ctx, first, second, strict, progress)
 	end()
 	if failed := (*formats.CompareError)(nil); errors.As(err, &failed) {

@@ -7,11 +7,12 @@ import (
 func newImageCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "image",
-		Short: "Look into, make, convert and compare disk images",
+		Short: "Look into, make, convert, compare and change disk images",
 	}
 	cmd.AddCommand(
 		newInfoCommand(), newCheckCommand(), newMapCommand(), newCreateCommand(),
-		newConvertCommand(), newCompareCommand(), newResizeCommand(),
+		newConvertCommand(), newCompareCommand(), newResizeCommand(), newMeasureCommand(),
+		newRebaseCommand(), newCommitCommand(), newSnapshotCommand(),
 	)
 	return cmd
 }

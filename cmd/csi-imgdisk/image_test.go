@@ -198,7 +198,7 @@ func TestErrors_AreOneSentence(t *testing.T) {
 		{[]string{"image", "create", filepath.Join(dir, "x.what"), "1M"}, "give one of"},
 		{[]string{"image", "create", "-f", "what", filepath.Join(dir, "x"), "1M"}, "want one of"},
 		{[]string{"image", "create", "--subformat", "what", filepath.Join(dir, "x.vmdk"), "1M"}, "monolithicSparse"},
-		{[]string{"image", "resize", raw, "512K"}, "cannot shrink"},
+		{[]string{"image", "resize", raw, "512K"}, "--shrink"},
 		{[]string{"image", "info", escaping}, "--root"},
 		{[]string{"image", "info", "-o", "yaml", raw}, "text or json"},
 		{[]string{"serve", raw}, "socket"},

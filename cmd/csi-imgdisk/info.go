@@ -14,16 +14,19 @@ import (
 
 // imageInfo has the fields of `qemu-img info --output=json`.
 type imageInfo struct {
-	VirtualSize           int64           `json:"virtual-size"`
-	Filename              string          `json:"filename"`
-	ClusterSize           int64           `json:"cluster-size,omitempty"`
-	Format                string          `json:"format"`
-	ActualSize            int64           `json:"actual-size"`
-	FormatSpecific        *formatSpecific `json:"format-specific,omitempty"`
-	BackingFilename       string          `json:"backing-filename,omitempty"`
-	FullBackingFilename   string          `json:"full-backing-filename,omitempty"`
-	BackingFilenameFormat string          `json:"backing-filename-format,omitempty"`
-	DirtyFlag             bool            `json:"dirty-flag"`
+	VirtualSize           int64            `json:"virtual-size"`
+	Filename              string           `json:"filename"`
+	ClusterSize           int64            `json:"cluster-size,omitempty"`
+	Format                string           `json:"format"`
+	ActualSize            int64            `json:"actual-size"`
+	Encrypted             bool             `json:"encrypted,omitempty"`
+	Compressed            bool             `json:"compressed,omitempty"`
+	Snapshots             []map[string]any `json:"snapshots,omitempty"`
+	FormatSpecific        *formatSpecific  `json:"format-specific,omitempty"`
+	BackingFilename       string           `json:"backing-filename,omitempty"`
+	FullBackingFilename   string           `json:"full-backing-filename,omitempty"`
+	BackingFilenameFormat string           `json:"backing-filename-format,omitempty"`
+	DirtyFlag             bool             `json:"dirty-flag"`
 
 	subformat string
 	details   []engine.Detail
@@ -34,8 +37,13 @@ type formatSpecific struct {
 	Data map[string]any `json:"data"`
 }
 
-// dirtyDetail is the one detail that qemu-img shows outside of format-specific.
-const dirtyDetail = "dirty-flag"
+// Details that qemu-img shows beside the other facts, not as the format's own.
+const (
+	dirtyDetail      = "dirty-flag"
+	encryptedDetail  = "encrypted"
+	compressedDetail = "compressed"
+	snapshotsDetail  = "snapshots"
+)
 
 func newInfoCommand() *cobra.Command {
 	var how access
@@ -75,7 +83,7 @@ can be looked at. With -o json the fields are those of qemu-img info.`,
 // opened alone, so that an image whose parent is missing can be looked at.
 func describeChain(ctx context.Context, how access, path string, chain bool) ([]imageInfo, error) {
 	img, err := how.openWith(ctx, path, formats.OpenOptions{
-		Format: how.format, Mode: vfs.ReadOnly, NoLock: true, NoParents: !chain,
+		Format: how.format, Mode: vfs.ReadOnly, NoLock: true, NoParents: !chain, Secret: how.anySecret(),
 	})
 	if err != nil {
 		return nil, err
@@ -121,11 +129,18 @@ func describe(img *openedImage, layer *engine.Layer, named string) (imageInfo, e
 func (i *imageInfo) setDetails() {
 	data := map[string]any{}
 	for _, d := range i.details {
-		if d.Name == dirtyDetail {
+		switch d.Name {
+		case dirtyDetail:
 			i.DirtyFlag, _ = d.Value.(bool)
-			continue
+		case encryptedDetail:
+			i.Encrypted, _ = d.Value.(bool)
+		case compressedDetail:
+			i.Compressed, _ = d.Value.(bool)
+		case snapshotsDetail:
+			i.Snapshots, _ = d.Value.([]map[string]any)
+		default:
+			data[d.Name] = d.Value
 		}
-		data[d.Name] = d.Value
 	}
 	if len(data) > 0 {
 		i.FormatSpecific = &formatSpecific{Type: i.Format, Data: data}

@@ -27,6 +27,21 @@ func (l *location) path() string { return filepath.Join(l.root, filepath.FromSla
 
 func (l *location) close() { l.fs.Close() }
 
+// hostPath returns the path of a file in the tree in the way a person named one: relative
+// if that was.
+func (l *location) hostPath(named, name string) string {
+	path := filepath.Join(l.root, filepath.FromSlash(name))
+	if filepath.IsAbs(named) {
+		return path
+	}
+	if abs, err := filepath.Abs("."); err == nil {
+		if rel, err := filepath.Rel(abs, path); err == nil {
+			return rel
+		}
+	}
+	return path
+}
+
 // locate finds out where a file lies. The tree is root, or if that is "" the nearest
 // directory above the file that is a store's, or else the file's own directory. The file
 // need not exist, but its directory must.

@@ -34,7 +34,9 @@ which file. With -o json the fields are those of qemu-img map, and runs without 
 listed, too.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			img, err := how.open(cmd.Context(), args[0], vfs.ReadOnly)
+			opts := how.options(vfs.ReadOnly)
+			opts.Secret = how.anySecret()
+			img, err := how.openWith(cmd.Context(), args[0], opts)
 			if err != nil {
 				return err
 			}

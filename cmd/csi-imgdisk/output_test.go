@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"encoding/json"
 	"strings"
 	"testing"
 	"time"
@@ -9,20 +11,56 @@ import (
 
 func TestProgressBar(t *testing.T) {
 	for _, c := range []struct {
-		done, total int64
-		want        string
+		done int64 // of 100 MiB, after 10 s
+		want string
 	}{
-		{0, 100, "  0 %"},
-		{25, 100, " 25 %, 30s left"},
-		{100, 100, "100 %"},
+		{0, "  0 %"},
+		{25, " 25 %, 2.5 MiB/s, 30s left"},
+		{100, "100 %, 10 MiB/s"},
 	} {
-		bar := progressBar("copying", c.done, c.total, 10*time.Second)
-		if !strings.HasSuffix(bar, c.want) || strings.Count(bar, "━") != int(c.done*progressColumns/c.total) {
-			t.Errorf("%d of %d: %q, want %q", c.done, c.total, bar, c.want)
+		start := time.Now()
+		m := &meter{what: "converting", unit: inBytes, start: start}
+		bar := progressBar(m.what, m.pace(start.Add(10*time.Second), c.done<<20, 100<<20))
+		if !strings.HasSuffix(bar, c.want) || strings.Count(bar, "━") != int(c.done*progressColumns/100) {
+			t.Errorf("%d of 100: %q, want %q", c.done, bar, c.want)
 		}
 		if n := utf8.RuneCountInString(bar); n > 79 {
-			t.Errorf("%d of %d: %d columns", c.done, c.total, n)
+			t.Errorf("%d of 100: %d columns", c.done, n)
 		}
+	}
+}
+
+// What was skipped at the beginning does not count for long.
+func TestMeter_RateOfTheLastSeconds(t *testing.T) {
+	start := time.Now()
+	m := &meter{start: start}
+	m.pace(start.Add(time.Second), 1<<40, 2<<40)
+	var p pace
+	for s := 2; s <= 30; s++ {
+		p = m.pace(start.Add(time.Duration(s)*time.Second), 1<<40+int64(s-1)<<20, 2<<40)
+	}
+	if p.perSecond != 1<<20 {
+		t.Errorf("%.0f bytes a second, want %d", p.perSecond, 1<<20)
+	}
+}
+
+func TestMeter_Lines(t *testing.T) {
+	var out bytes.Buffer
+	m := &meter{what: "copying", unit: inBytes, out: &out, start: time.Now().Add(-2 * time.Second), period: linePeriod}
+	m.show = m.line
+	m.progress(1<<20, 4<<20)
+	m.progress(2<<20, 4<<20) // too soon after the first
+	m.progress(4<<20, 4<<20)
+	m.end()
+	if text := out.String(); strings.Count(text, "\n") != 2 || !strings.HasPrefix(text, "copying:  25 %, ") || !strings.Contains(text, "copying: 100 %") {
+		t.Errorf("lines:\n%s", text)
+	}
+	out.Reset()
+	m.show = m.event
+	m.progress(4<<20, 4<<20)
+	var event map[string]any
+	if err := json.Unmarshal(out.Bytes(), &event); err != nil || event["done"] != 4194304.0 || event["event"] != "progress" {
+		t.Errorf("event %s: %v", out.String(), err)
 	}
 }
 

@@ -165,7 +165,8 @@ func (s *Staging) Publish(main string) error {
 	if i < 0 {
 		return fmt.Errorf("publish %s: %w", main, fs.ErrNotExist)
 	}
-	s.staged = append(slices.Delete(s.staged, i, i+1), s.staged[i])
+	last := s.staged[i]
+	s.staged = append(slices.Delete(s.staged, i, i+1), last)
 	for i, f := range s.staged {
 		err := s.checkFree(f.name)
 		if err == nil {
