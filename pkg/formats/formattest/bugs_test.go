@@ -40,6 +40,7 @@ func TestSuite_FindsBugs(t *testing.T) {
 		"parent's format is forgotten": "on_raw/Model",
 		"shrink loses what stays":      "Shrink",
 		"shrink is not durable":        "Shrink",
+		"repair harms data":            "Repair",
 		"rebase writes nothing":        "Rebase",
 		"no password is needed":        "encrypted/Secret",
 		"stored as plain text":         "encrypted/Secret",

@@ -42,3 +42,5 @@ func TestConformance(t *testing.T) {
 }
 
 func TestKillProcess(t *testing.T) { formattest.KillProcess(t, toyFactory()) }
+
+func FuzzImage(f *testing.F) { formattest.Fuzz(f, factories()...) }

@@ -63,6 +63,12 @@ type Factory struct {
 	// Cost is how many times longer a step takes than with small clusters: the suite does
 	// so many times fewer. 0 means 1. (VHDX, whose blocks have at least 1 MiB.)
 	Cost int
+	// RepairsLeaks says that a repair gives back all space that nothing refers to, and a
+	// check finds none then. Formats without a map of free space may not be able to.
+	RepairsLeaks bool
+	// Reseal, if set, puts right the checksums in a file of an image, as far as they can be
+	// found: damage is to be found by what it does, too, not by checksums alone.
+	Reseal func(name string, file []byte)
 	// BeforeOracle, if set, makes a copy of an image that a crash left fit for qemu-img
 	// to look at without repair, or returns an error. See ReplayLog.
 	BeforeOracle func(qemuImg, file string) error
@@ -130,6 +136,7 @@ var parts = []struct {
 	{"Reuse", false, testReuse},
 	{"Locks", false, testLocks},
 	{"Secret", false, testSecret},
+	{"Repair", false, testRepair},
 	{"FullStore", false, testFullStore},
 	{"Hostile", true, testHostile},
 	{"CrashSweep", false, testCrashSweep},

@@ -13,6 +13,8 @@ var Figures struct {
 	ProcessKills   atomic.Int64 // real processes killed
 	InjectedErrors atomic.Int64 // file system operations that were made to fail
 	HostileImages  atomic.Int64 // damaged images opened
+	Repairs        atomic.Int64 // images repaired after crashes
+	FuzzInputs     atomic.Int64 // inputs of fuzz targets that were played
 	OracleChecks   atomic.Int64 // images that qemu-img found sound
 	OracleCompares atomic.Int64 // chains that qemu-img read the same from
 	OracleCrashes  atomic.Int64 // images after crashes that qemu-img looked at

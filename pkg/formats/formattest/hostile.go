@@ -16,6 +16,7 @@ import (
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -151,10 +152,14 @@ func (h *hostile) damaged(i int) (map[string][]byte, string) {
 		return files, fmt.Sprintf("%s cut to %d of %d bytes", name, length, len(h.intact[name]))
 	}
 	what := ""
+	reseal := h.f.Reseal != nil && h.r.IntN(2) == 0
 	for range 1 + h.r.IntN(3) {
 		place := h.pickPlace()
 		b := bytes.Clone(files[place.file])
 		what += fmt.Sprintf("%s at %#x: %s; ", place.file, place.off, h.spoil(b, place.off))
+		if reseal {
+			h.f.Reseal(place.file, b)
+		}
 		files[place.file] = b
 	}
 	return files, what
@@ -164,7 +169,7 @@ func (h *hostile) damaged(i int) (map[string][]byte, string) {
 func (h *hostile) spoil(b []byte, off int) string {
 	extremes := []uint64{0, 1, 1 << 31, 1<<32 - 1, 1 << 40, 1<<63 - 1, 1 << 63, 1<<64 - 1, uint64(len(b)), uint64(len(b)) / 512}
 	extreme := extremes[h.r.IntN(len(extremes))] + uint64(h.r.IntN(3)) - 1
-	switch h.r.IntN(4) {
+	switch h.r.IntN(6) {
 	case 0:
 		b[off] ^= 1 << h.r.IntN(8)
 		return fmt.Sprintf("a bit flipped, now %#x", b[off])
@@ -176,6 +181,16 @@ func (h *hostile) spoil(b []byte, off int) string {
 			binary.LittleEndian.PutUint32(b[off:], uint32(extreme))
 		}
 		return fmt.Sprintf("32 bits now %#x", uint32(extreme))
+	case 3:
+		if off &^= 3; off+4 <= len(b) {
+			binary.BigEndian.PutUint32(b[off:], uint32(extreme))
+		}
+		return fmt.Sprintf("32 bits now %#x, big-endian", uint32(extreme))
+	case 4:
+		if off &^= 7; off+8 <= len(b) {
+			binary.BigEndian.PutUint64(b[off:], extreme)
+		}
+		return fmt.Sprintf("64 bits now %#x, big-endian", extreme)
 	}
 	if off &^= 7; off+8 <= len(b) {
 		binary.LittleEndian.PutUint64(b[off:], extreme)
@@ -226,15 +241,17 @@ func writeFile(fsys vfs.FS, name string, b []byte) error {
 	return errors.Join(err, f.Close())
 }
 
-// useAll checks, reads and writes. What fails on the way is as it should be.
+// useAll checks, reads, writes and repairs. What fails on the way is as it should be.
 func (h *hostile) useAll(ctx context.Context, fsys vfs.FS) error {
+	sound := true // as far as a check can tell
 	for _, name := range h.names {
 		layer, err := h.f.formatOf(name).Open(formats.OpenRequest{FS: fsys, Name: name, Mode: vfs.ReadOnly, Secret: h.f.Secret})
 		if err != nil {
 			continue
 		}
-		_, err = layer.Codec.Check(ctx, nil, func(done, total int64) {})
-		if err := errors.Join(layer.Close(), tooLong(err)); err != nil {
+		result, err := layer.Codec.Check(ctx, nil, func(done, total int64) {})
+		sound = sound && err == nil && result.Corruptions == 0
+		if err := errors.Join(layer.Close(), tooLong(err), saysLittle(result)); err != nil {
 			return fmt.Errorf("check %s: %w", name, err)
 		}
 	}
@@ -244,9 +261,77 @@ func (h *hostile) useAll(ctx context.Context, fsys vfs.FS) error {
 			continue
 		}
 		err = useDisk(ctx, img, h.r, mode)
+		if err == nil && sound && mode == vfs.ReadWrite {
+			err = writeAndRead(img, h.r)
+		}
 		img.Close() // what was damaged may make it fail
 		if err != nil {
 			return err
+		}
+	}
+	for _, name := range h.names {
+		if err := h.repair(ctx, fsys, name); err != nil {
+			return fmt.Errorf("repair %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// repair has an image repaired, and checked again: nothing may be worse than it said.
+func (h *hostile) repair(ctx context.Context, fsys vfs.FS, name string) error {
+	open := func(mode vfs.Mode) (*engine.Layer, error) {
+		return h.f.formatOf(name).Open(formats.OpenRequest{FS: fsys, Name: name, Mode: mode, Secret: h.f.Secret})
+	}
+	layer, err := open(vfs.ReadWrite)
+	if err != nil {
+		return nil
+	}
+	repaired, err := engine.Check(ctx, layer, true, func(done, total int64) {})
+	if closeErr := errors.Join(layer.Close(), tooLong(err), saysLittle(repaired)); closeErr != nil || err != nil {
+		return closeErr
+	}
+	if layer, err = open(vfs.ReadOnly); err != nil {
+		return fmt.Errorf("it cannot be opened any more: %w", err)
+	}
+	after, err := layer.Codec.Check(ctx, nil, func(done, total int64) {})
+	if err := errors.Join(layer.Close(), tooLong(err)); err != nil {
+		return err
+	}
+	if err == nil && after.Corruptions > repaired.Corruptions {
+		return fmt.Errorf("%d corruptions, of which %d were repaired; now there are %d", repaired.Corruptions, repaired.FixedProblems, after.Corruptions)
+	}
+	return nil
+}
+
+// saysLittle returns an error if a check describes more problems than anybody reads: there
+// may be one for every entry of a table.
+func saysLittle(result engine.CheckResult) error {
+	const most = 1000
+	if n := len(result.Problems); n > most {
+		return fmt.Errorf("%d problems are described, want at most %d", n, most)
+	}
+	return nil
+}
+
+// writeAndRead writes here and there, and reads what it has written.
+func writeAndRead(d block.Device, r *rand.Rand) error {
+	size := d.Info().SizeBytes
+	for i := range 8 {
+		if size == 0 {
+			return nil
+		}
+		off := r.Int64N(size)
+		if i%2 == 0 {
+			off = r.Int64N(min(size, 1<<20))
+		}
+		n := min(1+r.Int64N(4096), size-off, 1<<30)
+		p := noise(i, n)
+		if _, err := d.WriteAt(p, off); err != nil {
+			continue
+		}
+		got := make([]byte, n)
+		if _, err := d.ReadAt(got, off); err == nil && !bytes.Equal(got, p) {
+			return fmt.Errorf("%d bytes at %#x read other bytes than were written", n, off)
 		}
 	}
 	return nil

@@ -541,7 +541,10 @@ func (c *toyCodec) SetParent(commit *engine.Commit, parent *engine.Parent) error
 	return nil
 }
 
-func (c *toyCodec) Check(context.Context, *engine.Commit, func(done, total int64)) (engine.CheckResult, error) {
+func (c *toyCodec) Check(_ context.Context, repair *engine.Commit, _ func(done, total int64)) (engine.CheckResult, error) {
+	if repair != nil && c.bug.is("repair harms data") {
+		return engine.CheckResult{}, repair.WriteAt(0, make([]byte, 8), toyEntryOff(3))
+	}
 	size, err := c.file.Size()
 	if err != nil {
 		return engine.CheckResult{}, err
