@@ -5,6 +5,7 @@ import (
 	"sync"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/qcow"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/raw"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vdi"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vmdk"
@@ -15,5 +16,5 @@ import (
 func Register() { register() }
 
 var register = sync.OnceFunc(func() {
-	formats.Register(vmdk.Format{}, vdi.Format{}, raw.Format{})
+	formats.Register(vmdk.Format{}, vdi.Format{}, qcow.Format{}, raw.Format{})
 })
