@@ -8,7 +8,7 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 )
 
-// Begin changes the content identifier, so that overlays made on the old contents, and
+// Begin changes the content identifier, and VirtualBox's, so that overlays made on the old contents, and
 // other programs that remember them, notice. It happens once after opening: the first
 // change makes all older overlays wrong, and later ones nothing worse.
 //
@@ -16,6 +16,14 @@ import (
 // descriptor moves: whatever a crash leaves of it parses, and is not the old identifier
 // unless nothing was written.
 func (m *image) Begin(c *engine.Commit) error {
+	if err := m.judgeOwners(); err != nil {
+		return fmt.Errorf("vmdk: %w", err)
+	}
+	if w := m.stream(); w != nil {
+		if err := w.begin(c); err != nil {
+			return fmt.Errorf("vmdk: begin the stream %s: %w", m.layer.Name, err)
+		}
+	}
 	f := m.descriptor.field(keyCID)
 	digits := f.at.end - f.at.start
 	next := nextCID(m.cid, digits)
@@ -30,6 +38,13 @@ func (m *image) Begin(c *engine.Commit) error {
 			return fmt.Errorf("vmdk: change %s: %w", keyLongContent, err)
 		}
 		long.value = long.value[:len(long.value)-digits] + text
+	}
+	if uuid := m.descriptor.field(keyUUIDModification); uuid != nil && isUUID(uuid.value) {
+		text := newUUID()
+		if err := m.replaceText(c, uuid.at, text); err != nil {
+			return fmt.Errorf("vmdk: change %s: %w", keyUUIDModification, err)
+		}
+		uuid.value = text
 	}
 	if err := c.Sync(); err != nil {
 		return fmt.Errorf("vmdk: change %s: %w", keyCID, err)

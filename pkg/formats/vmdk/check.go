@@ -34,6 +34,15 @@ func (m *image) Check(ctx context.Context, c *engine.Commit, progress func(done,
 	}
 	for i := range m.extents {
 		e := &m.extents[i]
+		if e.zero {
+			continue
+		}
+		if e.se != nil {
+			if err := e.se.check(&result, ctx.Err); err != nil {
+				return result, fmt.Errorf("vmdk: check %s: %w", m.layer.Name, err)
+			}
+			continue
+		}
 		if e.sparse == nil {
 			if err := m.checkFlat(e, &result); err != nil {
 				return result, fmt.Errorf("vmdk: check %s: %w", m.layer.Name, err)

@@ -6,9 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
@@ -20,12 +20,13 @@ const (
 	minNewGrainBytes  = minGrainSectors * sectorBytes
 	maxNewGrainBytes  = 1 << 20
 
-	// maxSizeBytes leaves room for the tables of the smallest grains within what a grain
+	// maxSparseBytes leaves room for the tables of the smallest grains within what a grain
 	// table entry can say.
-	maxSizeBytes = maxFileSectors*sectorBytes - 5<<30
+	maxSparseBytes = maxFileSectors*sectorBytes - 5<<30
 
 	newGTEsPerGT         = 512
 	newDescriptorSectors = 20
+	streamOverHead       = 128     // sectors: where VMware's streams begin
 	chunkBytes           = 1 << 20 // of what is written at once
 
 	maxIDECylinders = 16383
@@ -35,6 +36,8 @@ const (
 const (
 	optionAdapter     = "adapter_type"
 	optionHardware    = "hwversion"
+	optionTools       = "toolsversion"
+	optionGeometry    = "geometry"
 	optionZeroedGrain = "zeroed_grain"
 )
 
@@ -44,8 +47,8 @@ var adapters = []string{"ide", "lsilogic", "buslogic", "legacyESX"}
 // Options says what Create accepts.
 func (Format) Options() formats.Options {
 	return formats.Options{
-		Subformats:          []string{typeMonolithicSparse, typeMonolithicFlat},
-		OverlaySubformats:   []string{typeMonolithicSparse},
+		Subformats:          kindNames(anyKind),
+		OverlaySubformats:   kindNames(func(k *kind) bool { return k.overlay }),
 		ParentFormats:       []string{formatName},
 		MinClusterBytes:     minNewGrainBytes,
 		MaxClusterBytes:     maxNewGrainBytes,
@@ -53,11 +56,13 @@ func (Format) Options() formats.Options {
 		Preallocations: []formats.Preallocation{
 			formats.PreallocateOff, formats.PreallocateMetadata, formats.PreallocateFalloc, formats.PreallocateFull,
 		},
-		MaxSizeBytes: maxSizeBytes,
+		MaxSizeBytes: maxSparseBytes,
 		SizeMultiple: sectorBytes,
 		Extra: []formats.ExtraOption{
 			{Name: optionAdapter, Help: "the disk controller that a hypervisor shall emulate", Values: adapters},
 			{Name: optionHardware, Help: "VMware's virtual hardware version, a number (default 4)"},
+			{Name: optionTools, Help: "VMware's version of the guest's tools, a number (default: none is said)"},
+			{Name: optionGeometry, Help: "cylinders/heads/sectors that old guests are told (default: what VMware would)"},
 			{Name: optionZeroedGrain, Help: "on: zeroes are noted without taking space (header version 2)", Values: []string{"off", "on"}},
 		},
 	}
@@ -66,18 +71,14 @@ func (Format) Options() formats.Options {
 // creation is a checked request to create an image.
 type creation struct {
 	formats.CreateRequest
-	subformat   string
+	kind        *kind
 	sectors     int64
-	cid         uint32
-	parentCID   uint32
-	parentHint  string
-	adapter     string
-	hardware    string
+	lengths     []int64 // of the extents, in sectors
+	about       about
 	zeroedGrain bool
-	header      sparseHeader // of a sparse image
 }
 
-// Create makes a monolithicSparse or monolithicFlat image.
+// Create makes an image of any kind.
 func (Format) Create(ctx context.Context, req formats.CreateRequest) error {
 	c, err := checkCreate(req)
 	if err == nil {
@@ -90,30 +91,25 @@ func (Format) Create(ctx context.Context, req formats.CreateRequest) error {
 }
 
 func checkCreate(req formats.CreateRequest) (*creation, error) {
-	c := &creation{CreateRequest: req, subformat: req.Subformat, parentCID: noParentCID}
-	c.cid = nextCID(0, 8)
-	if c.subformat == "" {
-		c.subformat = typeMonolithicSparse
+	c := &creation{CreateRequest: req, kind: kindOf(req.Subformat)}
+	if c.kind == nil {
+		return nil, invalid("subformat %q, want one of %s", req.Subformat, wantKinds(anyKind))
 	}
-	if c.subformat == typeMonolithicFlat && c.ClusterBytes != 0 {
-		return nil, invalid("cluster size %d with subformat %s, which has no clusters", c.ClusterBytes, c.subformat)
+	c.about = newAbout(c.kind)
+	if !c.kind.sparse && c.ClusterBytes != 0 {
+		return nil, invalid("cluster size %d with subformat %s, which has no clusters", c.ClusterBytes, c.kind.name)
 	}
 	if c.ClusterBytes == 0 {
-		c.ClusterBytes = defaultGrainBytes
+		c.ClusterBytes = c.kind.defaultGrain
 	}
 	if c.Preallocation == "" {
 		c.Preallocation = formats.PreallocateOff
 	}
-	if err := c.checkParent(); err != nil {
-		return nil, err
-	}
-	c.sectors = c.SizeBytes / sectorBytes
-	for _, check := range []func() error{c.checkShape, c.checkExtra, c.checkName} {
+	for _, check := range []func() error{c.checkParent, c.checkShape, c.checkExtra, c.checkName} {
 		if err := check(); err != nil {
 			return nil, err
 		}
 	}
-	c.layOut()
 	return c, nil
 }
 
@@ -122,64 +118,94 @@ func (c *creation) checkParent() error {
 	if c.Parent == nil {
 		return nil
 	}
-	p, ok := c.Parent.Layer.Codec.(*image)
+	p := imageOf(c.Parent.Layer.Codec)
+	isOverlay := func(k *kind) bool { return k.overlay }
 	switch {
-	case !ok:
+	case p == nil:
 		return invalid("parent %s is in format %s, want vmdk", c.Parent.Name, c.Parent.Layer.Format)
-	case c.subformat != typeMonolithicSparse:
-		return invalid("subformat %q cannot stand on a parent, want %s", c.subformat, typeMonolithicSparse)
+	case !c.kind.overlay:
+		return invalid("subformat %q cannot stand on a parent, want one of %s", c.kind.name, wantKinds(isOverlay))
 	case c.Preallocation != formats.PreallocateOff && c.Preallocation != formats.PreallocateMetadata:
 		return invalid("preallocation %q of an overlay, want off or metadata: it would hide its parent", c.Preallocation)
 	}
 	if c.SizeBytes == 0 {
 		c.SizeBytes = p.sizeBytes
 	}
-	c.parentCID, c.parentHint = p.cid, vfs.RelativeLink(c.Name, c.Parent.Name)
-	return checkQuotable("parent", c.parentHint)
+	return c.about.setParent(c.Name, c.Parent.Name, p)
 }
 
 func (c *creation) checkShape() error {
 	switch {
-	case c.subformat != typeMonolithicSparse && c.subformat != typeMonolithicFlat:
-		return invalid("subformat %q, want %s or %s", c.subformat, typeMonolithicSparse, typeMonolithicFlat)
-	case c.SizeBytes <= 0 || c.SizeBytes > maxSizeBytes || c.SizeBytes%sectorBytes != 0:
-		return invalid("size %d, want a multiple of %d from %d to %d", c.SizeBytes, sectorBytes, sectorBytes, int64(maxSizeBytes))
-	case !powerOfTwoWithin(uint64(c.ClusterBytes), minNewGrainBytes, maxNewGrainBytes):
-		return invalid("cluster size %d, want a power of two from %d to %d", c.ClusterBytes, minNewGrainBytes, maxNewGrainBytes)
+	case c.SizeBytes <= 0 || c.SizeBytes > c.kind.maxBytes || c.SizeBytes%sectorBytes != 0:
+		return invalid("size %d, want a multiple of %d from %d to %d, where subformat %s ends",
+			c.SizeBytes, sectorBytes, sectorBytes, c.kind.maxBytes, c.kind.name)
+	case c.kind.sparse && !powerOfTwoWithin(uint64(c.ClusterBytes), uint64(c.kind.minGrain), maxNewGrainBytes):
+		return invalid("cluster size %d, want a power of two from %d to %d", c.ClusterBytes, c.kind.minGrain, maxNewGrainBytes)
 	case !slices.Contains(Format{}.Options().Preallocations, c.Preallocation):
 		return invalid("preallocation %q, want off, metadata, falloc or full", c.Preallocation)
+	case c.kind.stream && c.Preallocation != formats.PreallocateOff:
+		return invalid("preallocation %q with subformat %s, want off: what is in it is written once, compressed", c.Preallocation, c.kind.name)
 	}
+	c.sectors = c.SizeBytes / sectorBytes
+	c.lengths = c.kind.extentLengths(c.sectors)
 	return nil
 }
 
 func (c *creation) checkExtra() error {
-	c.adapter, c.hardware = "ide", "4"
 	for _, name := range slices.Sorted(maps.Keys(c.Extra)) {
-		value := c.Extra[name]
-		switch name {
-		case optionAdapter:
-			if !slices.Contains(adapters, value) {
-				return invalid("%s %q, want one of %s", name, value, strings.Join(adapters, ", "))
-			}
-			c.adapter = value
-		case optionHardware:
-			if len(value) == 0 || len(value) > 3 || strings.Trim(value, "0123456789") != "" {
-				return invalid("%s %q, want a number such as 4 or 21", name, value)
-			}
-			c.hardware = value
-		case optionZeroedGrain:
-			if value != "on" && value != "off" {
-				return invalid("%s %q, want on or off", name, value)
-			}
-			c.zeroedGrain = value == "on"
-		default:
-			return invalid("option %q, want one of %s, %s, %s", name, optionAdapter, optionHardware, optionZeroedGrain)
+		if err := c.takeExtra(name, c.Extra[name]); err != nil {
+			return err
 		}
 	}
-	if c.zeroedGrain && c.subformat == typeMonolithicFlat {
-		return invalid("%s on with subformat %s, want %s", optionZeroedGrain, c.subformat, typeMonolithicSparse)
+	if c.zeroedGrain && !c.kind.zeroGrains {
+		return invalid("%s on with subformat %s, want one of %s", optionZeroedGrain, c.kind.name,
+			wantKinds(func(k *kind) bool { return k.zeroGrains }))
+	}
+	if c.about.geometry == (geometry{}) {
+		c.about.geometry = geometryOf(c.sectors, c.about.adapter)
 	}
 	return nil
+}
+
+// takeExtra checks an option of this format only, and takes it over.
+func (c *creation) takeExtra(name, value string) error {
+	switch name {
+	case optionAdapter:
+		if !slices.Contains(adapters, value) {
+			return invalid("%s %q, want one of %s", name, value, strings.Join(adapters, ", "))
+		}
+		c.about.adapter = value
+	case optionHardware:
+		if !isNumber(value, 3) {
+			return invalid("%s %q, want a number such as 4 or 21", name, value)
+		}
+		c.about.hardware = value
+	case optionTools:
+		if !isNumber(value, 10) {
+			return invalid("%s %q, want a number such as 2147483647", name, value)
+		}
+		c.about.tools = value
+	case optionGeometry:
+		g, err := parseGeometry(value)
+		if err != nil {
+			return err
+		}
+		c.about.geometry = g
+	case optionZeroedGrain:
+		if value != "on" && value != "off" {
+			return invalid("%s %q, want on or off", name, value)
+		}
+		c.zeroedGrain = value == "on"
+	default:
+		return invalid("option %q, want one of %s", name,
+			strings.Join([]string{optionAdapter, optionGeometry, optionHardware, optionTools, optionZeroedGrain}, ", "))
+	}
+	return nil
+}
+
+// isNumber reports whether a text is 1 to digits decimal digits.
+func isNumber(text string, digits int) bool {
+	return len(text) > 0 && len(text) <= digits && strings.Trim(text, "0123456789") == ""
 }
 
 func (c *creation) checkName() error {
@@ -197,29 +223,62 @@ func checkQuotable(what, name string) error {
 	return nil
 }
 
-// layOut decides where everything lies in a sparse image: header, descriptor, redundant
-// directory and tables, directory and tables, grains. It is VMware's order.
-func (c *creation) layOut() {
-	h := &c.header
-	*h = sparseHeader{
-		version: 1, flags: flagNewlineTest | flagRedundantGT,
-		capacity: uint64(c.sectors), grainSize: uint64(c.ClusterBytes / sectorBytes),
-		descriptorOffset: 1, descriptorSize: newDescriptorSectors, numGTEsPerGT: newGTEsPerGT,
+// header returns the header of a new sparse extent, with the place of everything in it.
+func (c *creation) header(sectors int64) sparseHeader {
+	h := sparseHeader{
+		version: 1, flags: flagNewlineTest,
+		capacity: uint64(sectors), grainSize: uint64(c.ClusterBytes / sectorBytes), numGTEsPerGT: newGTEsPerGT,
 	}
-	if c.zeroedGrain {
-		h.version = 2
-		h.flags |= flagZeroedGrain
+	if c.kind.embedded {
+		h.descriptorOffset, h.descriptorSize = 1, newDescriptorSectors
 	}
-	tables := h.gdSectors() + h.grainTables()*h.gtSectors()
-	h.rgdOffset = h.descriptorOffset + h.descriptorSize
-	h.gdOffset = h.rgdOffset + tables
-	h.overHead = (h.gdOffset + tables + h.grainSize - 1) / h.grainSize * h.grainSize
+	switch {
+	case c.kind.stream:
+		h.layOutStream()
+	case c.kind.cowd:
+		h.layOutCOWD()
+	default:
+		if c.zeroedGrain {
+			h.version = 2
+			h.flags |= flagZeroedGrain
+		}
+		h.layOut()
+	}
+	return h
 }
 
-// flatName returns the name of a flat image's extent, as VMware and QEMU build it.
-func flatName(name string) string {
-	ext := path.Ext(name)
-	return strings.TrimSuffix(name, ext) + "-flat" + ext
+// layOut decides where everything lies in a hosted sparse extent: header, descriptor,
+// redundant directory and tables, directory and tables, grains. It is VMware's order.
+func (h *sparseHeader) layOut() {
+	h.flags |= flagRedundantGT
+	tables := h.gdSectors() + h.grainTables()*h.gtSectors()
+	h.rgdOffset = 1 + h.descriptorSize
+	h.gdOffset = h.rgdOffset + tables
+	h.overHead = h.wholeGrains(h.gdOffset + tables)
+}
+
+// layOutCOWD is layOut for a COWD extent: header, directory, tables, grains.
+func (h *sparseHeader) layOutCOWD() {
+	h.cowd, h.version, h.flags, h.numGTEsPerGT = true, cowdVersion, 0, cowdGTEsPerGT
+	h.gdOffset = cowdHeaderSectors
+	h.cowdEntries = h.grainTables()
+	h.overHead = h.wholeGrains(h.gdOffset + h.gdSectors() + h.grainTables()*h.gtSectors())
+	h.freeSector = uint32(h.overHead)
+}
+
+// layOutStream is layOut for a stream: header and descriptor, and the rest follows as it
+// comes.
+func (h *sparseHeader) layOutStream() {
+	h.version = 3
+	h.flags |= flagCompressed | flagMarkers
+	h.compressAlgorithm = compressDeflate
+	h.gdOffset = gdAtEnd
+	h.overHead = streamOverHead
+}
+
+// wholeGrains rounds sectors up.
+func (h *sparseHeader) wholeGrains(sectors uint64) uint64 {
+	return (sectors + h.grainSize - 1) / h.grainSize * h.grainSize
 }
 
 // create makes the files. The one with the descriptor comes last and gets its name in the
@@ -233,33 +292,45 @@ func (c *creation) create(ctx context.Context) (err error) {
 			}
 		}
 	}()
-	makeFile := func(name string, fill func(context.Context, vfs.File) error) error {
-		f, err := c.FS.Create(name)
-		if err != nil {
-			return err
+	makeFile := func(name string, fill func(vfs.File) error) error {
+		f, err := makeFile(c.FS, name, fill)
+		if f != nil {
+			made = append(made, name)
+			err = errors.Join(err, f.Close())
 		}
-		made = append(made, name)
-		if err := f.Lock(vfs.LockWrite); err != nil {
-			return errors.Join(err, f.Close())
-		}
-		err = fill(ctx, f)
-		if err == nil {
-			err = f.Sync()
-		}
-		return errors.Join(err, f.Close())
-	}
-	if c.subformat == typeMonolithicFlat {
-		if err := makeFile(flatName(c.Name), c.fillFlat); err != nil {
-			return err
-		}
-		err = makeFile(c.Name, c.fillDescriptor)
-	} else {
-		err = makeFile(c.Name, c.fillSparse)
-	}
-	if err != nil {
 		return err
 	}
+	for i, sectors := range c.lengths {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		fill := func(f vfs.File) error { return c.fillExtent(ctx, f, sectors) }
+		if err := makeFile(c.kind.extentName(c.Name, i+1), fill); err != nil {
+			return err
+		}
+	}
+	if !c.kind.embedded {
+		if err := makeFile(c.Name, c.fillDescriptor); err != nil {
+			return err
+		}
+	}
 	return syncNames(c.FS, c.Name)
+}
+
+// makeFile makes a new file, locked and with durable contents. It returns the file, open,
+// also when filling it fails.
+func makeFile(fsys vfs.FS, name string, fill func(vfs.File) error) (vfs.File, error) {
+	f, err := fsys.Create(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.Lock(vfs.LockWrite); err != nil {
+		return f, err
+	}
+	if err := fill(f); err != nil {
+		return f, err
+	}
+	return f, f.Sync()
 }
 
 // syncNames makes the names in a file's directory durable, where the file system can.
@@ -270,11 +341,18 @@ func syncNames(fsys vfs.FS, name string) error {
 	return nil
 }
 
-func (c *creation) fillFlat(ctx context.Context, f vfs.File) error {
-	if err := f.Truncate(c.SizeBytes); err != nil {
+// fillExtent writes an extent's file.
+func (c *creation) fillExtent(ctx context.Context, f vfs.File, sectors int64) error {
+	switch {
+	case c.kind.stream:
+		return c.fillStream(f)
+	case c.kind.sparse:
+		return c.fillSparse(ctx, f, c.header(sectors))
+	}
+	if err := f.Truncate(sectors * sectorBytes); err != nil {
 		return err
 	}
-	return c.fillData(ctx, f, 0, c.SizeBytes)
+	return c.fillData(ctx, f, 0, sectors*sectorBytes)
 }
 
 // fillData takes the space that preallocation asks for.
@@ -301,29 +379,40 @@ func writeZeroes(ctx context.Context, f vfs.File, off, n int64) error {
 	return nil
 }
 
-func (c *creation) fillDescriptor(_ context.Context, f vfs.File) error {
-	line := fmt.Sprintf("RW %d FLAT \"%s\" 0", c.sectors, path.Base(flatName(c.Name)))
-	_, err := f.WriteAt([]byte(c.descriptorText(line)), 0)
+func (c *creation) fillDescriptor(f vfs.File) error {
+	_, err := f.WriteAt([]byte(c.descriptorText()), 0)
 	return err
 }
 
-// fillSparse writes header, descriptor, directories, and what preallocation asks for.
-func (c *creation) fillSparse(ctx context.Context, f vfs.File) error {
-	h := &c.header
-	if err := f.Truncate(int64(h.overHead) * sectorBytes); err != nil {
-		return err
+// descriptorText returns the descriptor of the image.
+func (c *creation) descriptorText() string {
+	lines := make([]string, len(c.lengths))
+	for i, sectors := range c.lengths {
+		lines[i] = c.kind.extentLine(sectors, c.kind.extentName(c.Name, i+1))
 	}
-	text := c.descriptorText(fmt.Sprintf("RW %d SPARSE \"%s\"", c.sectors, path.Base(c.Name)))
+	return c.about.descriptorText(lines)
+}
+
+// embeddedDescriptor returns the descriptor of an image in one file.
+func (c *creation) embeddedDescriptor() ([]byte, error) {
+	text := c.descriptorText()
 	if len(text) > newDescriptorSectors*sectorBytes {
-		return invalid("the descriptor needs %d bytes, want at most %d: use shorter names", len(text), newDescriptorSectors*sectorBytes)
+		return nil, invalid("the descriptor needs %d bytes, want at most %d: use shorter names", len(text), newDescriptorSectors*sectorBytes)
 	}
-	head := make([]byte, sectorBytes, sectorBytes+len(text))
-	h.encode(head)
-	if _, err := f.WriteAt(append(head, text...), 0); err != nil {
+	return []byte(text), nil
+}
+
+// fillSparse writes header, descriptor, directories, and what preallocation asks for.
+func (c *creation) fillSparse(ctx context.Context, f vfs.File, h sparseHeader) error {
+	if err := writeEmptySparse(f, &h); err != nil {
 		return err
 	}
-	for _, dir := range []uint64{h.rgdOffset, h.gdOffset} {
-		if err := writeDirectory(f, h, dir); err != nil {
+	if c.kind.embedded {
+		text, err := c.embeddedDescriptor()
+		if err != nil {
+			return err
+		}
+		if _, err := f.WriteAt(text, int64(h.descriptorOffset)*sectorBytes); err != nil {
 			return err
 		}
 	}
@@ -336,7 +425,37 @@ func (c *creation) fillSparse(ctx context.Context, f vfs.File) error {
 	if c.Preallocation == formats.PreallocateMetadata {
 		return nil
 	}
-	return c.fillGrains(ctx, f)
+	return c.fillGrains(ctx, f, &h)
+}
+
+// directories returns where a new extent has its directories, each with its tables.
+func (h *sparseHeader) directories() []uint64 {
+	if h.cowd {
+		return []uint64{h.gdOffset}
+	}
+	return []uint64{h.rgdOffset, h.gdOffset}
+}
+
+// writeEmptySparse writes an extent without data, all of whose tables have their place, as
+// holes. Its descriptor, if it holds one, is still missing.
+func writeEmptySparse(f vfs.File, h *sparseHeader) error {
+	if err := f.Truncate(int64(h.overHead) * sectorBytes); err != nil {
+		return err
+	}
+	head := make([]byte, sectorBytes)
+	if h.cowd {
+		binary.LittleEndian.PutUint32(head[8:], cowdFlags)
+	}
+	h.encode(head)
+	if _, err := f.WriteAt(head, 0); err != nil {
+		return err
+	}
+	for _, dir := range h.directories() {
+		if err := writeDirectory(f, h, dir); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // writeDirectory writes a grain directory whose tables follow it.
@@ -350,8 +469,7 @@ func writeDirectory(f vfs.File, h *sparseHeader, at uint64) error {
 }
 
 // fillGrains gives every grain its place, in order.
-func (c *creation) fillGrains(ctx context.Context, f vfs.File) error {
-	h := &c.header
+func (c *creation) fillGrains(ctx context.Context, f vfs.File, h *sparseHeader) error {
 	start, grains := int64(h.overHead)*sectorBytes, (h.capacity-1)/h.grainSize+1
 	length := int64(grains*h.grainSize) * sectorBytes
 	if err := f.Truncate(start + length); err != nil {
@@ -360,12 +478,17 @@ func (c *creation) fillGrains(ctx context.Context, f vfs.File) error {
 	if err := c.fillData(ctx, f, start, length); err != nil {
 		return err
 	}
-	for _, dir := range []uint64{h.rgdOffset, h.gdOffset} {
+	for _, dir := range h.directories() {
 		if err := writeTables(ctx, f, h, dir+h.gdSectors(), grains); err != nil {
 			return err
 		}
 	}
-	return nil
+	if !h.cowd {
+		return nil
+	}
+	full := *h
+	full.freeSector = uint32(min(h.overHead+grains*h.grainSize, maxFileSectors-1))
+	return full.writeFreeSector(f)
 }
 
 // writeTables writes grain tables, which lie together, for grains that do, too.
@@ -387,30 +510,6 @@ func writeTables(ctx context.Context, f vfs.File, h *sparseHeader, at, grains ui
 		p = p[:0]
 	}
 	return nil
-}
-
-// descriptorText returns the descriptor, with line for the only extent. The order of the
-// lines matters to some readers: CID before anything else that contains these letters.
-func (c *creation) descriptorText(line string) string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "# Disk DescriptorFile\nversion=1\nCID=%08x\nparentCID=%08x\ncreateType=%q\n", c.cid, c.parentCID, c.subformat)
-	if c.parentHint != "" {
-		fmt.Fprintf(&b, "parentFileNameHint=\"%s\"\n", c.parentHint)
-	}
-	fmt.Fprintf(&b, "\n# Extent description\n%s\n\n# The Disk Data Base\n#DDB\n\n", line)
-	g := geometryOf(c.sectors, c.adapter)
-	for _, ddb := range [][2]string{
-		{"adapterType", c.adapter},
-		{"encoding", "UTF-8"},
-		{"geometry.cylinders", fmt.Sprint(g.cylinders)},
-		{"geometry.heads", fmt.Sprint(g.heads)},
-		{"geometry.sectors", fmt.Sprint(g.sectors)},
-		{"longContentID", fmt.Sprintf("%016x%08x%08x", rand.Uint64(), rand.Uint32(), c.cid)},
-		{"virtualHWVersion", c.hardware},
-	} {
-		fmt.Fprintf(&b, "ddb.%s = \"%s\"\n", ddb[0], ddb[1])
-	}
-	return b.String()
 }
 
 // geometry is what old guests and controllers are told of a disk.
@@ -436,4 +535,21 @@ func geometryOf(sectors int64, adapter string) geometry {
 		g.cylinders = min(g.cylinders, maxIDECylinders)
 	}
 	return g
+}
+
+// parseGeometry reads "cylinders/heads/sectors".
+func parseGeometry(text string) (geometry, error) {
+	parts := strings.Split(text, "/")
+	var n [3]int64
+	for i := range n {
+		if len(parts) != len(n) || !isNumber(parts[i], 9) {
+			return geometry{}, invalid("%s %q, want three numbers such as 1024/16/63", optionGeometry, text)
+		}
+		n[i], _ = strconv.ParseInt(parts[i], 10, 64) // cannot fail: at most nine digits
+	}
+	g := geometry{n[0], n[1], n[2]}
+	if g.cylinders < 1 || g.heads < 1 || g.heads > 255 || g.sectors < 1 || g.sectors > 255 {
+		return geometry{}, invalid("%s %q, want at least 1 of each, at most 255 heads and 255 sectors", optionGeometry, text)
+	}
+	return g, nil
 }

@@ -22,10 +22,14 @@ func (m *image) Describe() engine.Description {
 }
 
 func (m *image) describeExtent(e *extent) map[string]any {
-	d := map[string]any{
-		"filename":     m.layer.Files[e.file].Name(),
-		"virtual-size": e.guestEnd - e.guestOff,
-		"format":       "FLAT",
+	d := map[string]any{"virtual-size": e.guestEnd - e.guestOff, "format": "FLAT"}
+	if e.zero {
+		d["format"] = "ZERO"
+		return d
+	}
+	d["filename"] = m.layer.Files[e.file].Name()
+	if e.se != nil {
+		d["format"], d["cluster-size"] = "SESPARSE", int64(seGrainBytes)
 	}
 	if s := e.sparse; s != nil {
 		d["format"] = "SPARSE"

@@ -9,7 +9,7 @@ import (
 
 const (
 	// maxDescriptorBytes bounds a descriptor, embedded or in its own file.
-	maxDescriptorBytes = 64 << 10
+	maxDescriptorBytes = 512 << 10
 	// maxExtents bounds how many files one image can make us open.
 	maxExtents = 1024
 
@@ -26,10 +26,17 @@ const (
 	keyParentHint  = "parentFileNameHint"
 	keyChangeTrack = "changeTrackPath"
 	keyLongContent = "ddb.longContentID"
+	keyEncoding    = "encoding"
+	keyDDBEncoding = "ddb.encoding"
+	keyUUIDImage   = "ddb.uuid.image"
 	keyUUIDParent  = "ddb.uuid.parent"
-	keyCylinders   = "ddb.geometry.cylinders"
-	keyHeads       = "ddb.geometry.heads"
-	keySectors     = "ddb.geometry.sectors"
+	// What the two contain changes with the first write after opening, like the CID.
+	keyUUIDModification       = "ddb.uuid.modification"
+	keyUUIDParentModification = "ddb.uuid.parentmodification"
+
+	keyCylinders = "ddb.geometry.cylinders"
+	keyHeads     = "ddb.geometry.heads"
+	keySectors   = "ddb.geometry.sectors"
 )
 
 // descriptor is the text that describes an image: what it is made of, and on what it
@@ -48,8 +55,9 @@ func (r textRange) of(text []byte) string { return string(text[r.start:r.end]) }
 // field is a line "key = value".
 type field struct {
 	key   string
-	value string // without its quotes
-	at    textRange
+	value string    // without its quotes
+	at    textRange // of the value
+	line  textRange // without its end
 }
 
 // extentLine is a line `RW 20480 SPARSE "name.vmdk" 0`.
@@ -61,6 +69,7 @@ type extentLine struct {
 	offset  int64  // FLAT, VMFS: where the extent starts in its file, in sectors
 
 	sectorsAt textRange
+	at        textRange // the line without its end
 }
 
 // parseDescriptor reads a descriptor. It bounds what it accepts and judges only the text's
@@ -130,7 +139,7 @@ func (d *descriptor) parseLine(start, end int) error {
 		value.start++
 		value.end--
 	}
-	d.fields = append(d.fields, field{key: key.of(d.text), value: value.of(d.text), at: value})
+	d.fields = append(d.fields, field{key: key.of(d.text), value: value.of(d.text), at: value, line: at})
 	return nil
 }
 
@@ -141,7 +150,7 @@ func (d *descriptor) parseExtent(at textRange) error {
 		return corrupt("more than %d extents", maxExtents)
 	}
 	line := at.of(d.text)
-	var e extentLine
+	e := extentLine{at: at}
 	access, rest := nextWord(line, 0)
 	sectors, rest := nextWord(line, rest)
 	kind, rest := nextWord(line, rest)

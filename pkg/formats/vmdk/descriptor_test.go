@@ -1,6 +1,7 @@
 package vmdk
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"strings"
@@ -62,7 +63,7 @@ func TestParseDescriptor(t *testing.T) {
 			if number := got.sectorsAt.of(d.text); number != fmt.Sprint(c.extent.sectors) {
 				t.Errorf("the extent's length is at %q", number)
 			}
-			got.sectorsAt = textRange{}
+			got.sectorsAt, got.at = textRange{}, textRange{}
 			if got != c.extent {
 				t.Errorf("extent %+v, want %+v", got, c.extent)
 			}
@@ -90,7 +91,7 @@ func TestParseDescriptor_Refuses(t *testing.T) {
 		"name without an end":  {"version=1\nRW 5 SPARSE \"a\n", "no closing quote", block.ErrCorrupt},
 		"offset that is none":  {"version=1\nRW 5 FLAT \"a\" x\n", "want a decimal number of sectors", block.ErrCorrupt},
 		"too many extents":     {"version=1\n" + strings.Repeat("RW 1 FLAT \"a\" 0\n", maxExtents+1), "more than 1024 extents", block.ErrCorrupt},
-		"more than fits":       {"version=1\n" + strings.Repeat("#\n", maxDescriptorBytes), "want at most 65536", block.ErrCorrupt},
+		"more than fits":       {"version=1\n" + strings.Repeat("#\n", maxDescriptorBytes), "want at most 524288", block.ErrCorrupt},
 		"an extent of nothing": {"version=1\nRW\n", `"" sectors`, block.ErrCorrupt},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -133,10 +134,10 @@ func TestResized(t *testing.T) {
 	}
 	want := "version=1\nRW 10080 SPARSE \"a\"\n" +
 		"ddb.geometry.heads=\"16\"\nddb.geometry.sectors = \"63\"\nddb.geometry.cylinders=\"10\" \n"
-	if got := string(d.resized(10080, true)); got != want {
+	if got := string(d.edited(append(d.reshaped(10080), d.resized(0, 10080))...)); got != want {
 		t.Errorf("with geometry:\n%s\nwant\n%s", got, want)
 	}
-	if got := string(d.resized(10080, false)); got != strings.Replace(want, `"10"`, `"0"`, 1) {
+	if got := string(d.edited(d.resized(0, 10080))); got != strings.Replace(want, `"10"`, `"0"`, 1) {
 		t.Errorf("without geometry:\n%s", got)
 	}
 }
@@ -158,13 +159,42 @@ func FuzzDescriptor(f *testing.F) {
 				t.Fatalf("value %q is not where it is said to be: %q", field.value, field.at.of(d.text))
 			}
 		}
-		if len(d.extents) != 1 {
+		d.decodeName(string(text[:min(len(text), 100)]))
+		if d.field(keyCID) == nil || len(d.text) > 4<<10 {
 			return
 		}
-		sectors := d.extents[0].sectors + 1
-		again, err := parseDescriptor(d.resized(sectors, true))
-		if err != nil || len(again.extents) != 1 || again.extents[0].sectors != sectors {
-			t.Fatalf("resized to %d sectors: error %v, text %q", sectors, err, d.resized(sectors, true))
+		edits, err := d.relinked(link{cid: 7, hint: "a parent.vmdk", uuid: newUUID(), modification: newUUID()})
+		if err != nil {
+			return
 		}
+		if len(d.extents) > 0 {
+			edits = append(edits, d.resized(len(d.extents)-1, 12345678))
+		}
+		checkEdited(t, d, d.edited(edits...))
 	})
+}
+
+// checkEdited fails the test unless an edited descriptor says what it should, and a change
+// of one sector, if there is one, makes it of the old one.
+func checkEdited(t *testing.T, d *descriptor, text []byte) {
+	again, err := parseDescriptor(text)
+	if err != nil {
+		t.Fatalf("edited to %q: %v", text, err)
+	}
+	hint, _ := again.lookup(keyParentHint)
+	if cid, err := again.contentID(keyParentCID); err != nil || cid != 7 || hint != "a parent.vmdk" {
+		t.Fatalf("%s is %x (%v), %s %q in %q", keyParentCID, cid, err, keyParentHint, hint, text)
+	}
+	if n := len(d.extents); n > 0 && again.extents[n-1].sectors != 12345678 {
+		t.Fatalf("the last extent has %d sectors", again.extents[n-1].sectors)
+	}
+	change, ok := d.fit(text, len(d.text)+100)
+	if !ok || len(change.data) == 0 {
+		return
+	}
+	written := append(bytes.Clone(d.text), make([]byte, max(0, change.at+len(change.data)-len(d.text)))...)
+	copy(written[change.at:], change.data)
+	if change.at%sectorBytes != 0 || len(change.data) > sectorBytes || !bytes.Equal(written, change.text) || !sameMeaning(written, text) {
+		t.Fatalf("%d bytes at %d make %q, want what %q means", len(change.data), change.at, written, text)
+	}
 }

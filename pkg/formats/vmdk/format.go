@@ -14,6 +14,8 @@ const (
 	typeSplitSparse      = "twoGbMaxExtentSparse"
 	typeSplitFlat        = "twoGbMaxExtentFlat"
 	typeVMFS             = "vmfs"
+	typeVMFSSparse       = "vmfsSparse"
+	typeSESparse         = "seSparse"
 )
 
 // Format is VMware's virtual disk format.
@@ -27,7 +29,7 @@ func (Format) Name() string { return formatName }
 // Probe reports whether a file starts like a sparse extent, of whatever kind, or like a
 // descriptor.
 func (Format) Probe(head []byte, _ int64) bool {
-	return isHeader(head) || foreignExtent(head) != "" || looksLikeDescriptor(head)
+	return isHeader(head) || isCOWD(head) || foreignExtent(head) != "" || looksLikeDescriptor(head)
 }
 
 // Measure is not possible yet.

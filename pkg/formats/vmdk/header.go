@@ -61,6 +61,12 @@ type sparseHeader struct {
 	uncleanShutdown    bool
 	compressAlgorithm  uint16
 	newlineTestDamaged bool
+	footer             bool // it was read from the end of the file
+
+	// Of COWD extents (ESX) only, whose other fields are those they share.
+	cowd        bool
+	cowdEntries uint64 // numGDEntries: room in the directory
+	freeSector  uint32 // where the next grain goes
 }
 
 // decodeHeader reads the fields of a sector that starts with headerMagic. It judges
@@ -87,6 +93,10 @@ func decodeHeader(p []byte) sparseHeader {
 
 // encode puts the header into a sector, whose other bytes it leaves.
 func (h *sparseHeader) encode(p []byte) {
+	if h.cowd {
+		h.encodeCOWD(p)
+		return
+	}
 	le := binary.LittleEndian
 	copy(p, headerMagic)
 	le.PutUint32(p[4:], h.version)
@@ -114,8 +124,6 @@ func isHeader(p []byte) bool { return bytes.HasPrefix(p, []byte(headerMagic)) }
 // supported; "" otherwise.
 func foreignExtent(p []byte) string {
 	switch {
-	case bytes.HasPrefix(p, []byte(cowdMagic)):
-		return "a COWD (vmfsSparse) extent"
 	case len(p) >= 8 && binary.LittleEndian.Uint64(p) == seSparseMagic:
 		return "an seSparse extent"
 	}
@@ -125,19 +133,14 @@ func foreignExtent(p []byte) string {
 // validate checks everything that can be said without reading further. fileSectors is
 // the file's length, rounded down.
 func (h *sparseHeader) validate(fileSectors uint64) error {
+	own := h.validateHosted
+	if h.cowd {
+		own = h.validateCOWD
+	}
+	if err := own(); err != nil {
+		return err
+	}
 	switch {
-	case h.newlineTestDamaged:
-		return corrupt("its line ends were converted, as by a transfer in text mode: every byte is suspect")
-	case h.version < 1 || h.version > 3:
-		return unsupported("header version %d, want 1 to 3", h.version)
-	case h.compressAlgorithm != compressionNone && h.compressAlgorithm != compressDeflate:
-		return unsupported("compressAlgorithm %d, want 0 (none) or 1 (deflate)", h.compressAlgorithm)
-	case !powerOfTwoWithin(h.grainSize, minGrainSectors, maxGrainSectors):
-		return corrupt("grainSize is %d sectors, want a power of two from %d to %d", h.grainSize, minGrainSectors, maxGrainSectors)
-	case !powerOfTwoWithin(uint64(h.numGTEsPerGT), minGTEsPerGT, maxGTEsPerGT):
-		return corrupt("numGTEsPerGT is %d, want a power of two from %d to %d", h.numGTEsPerGT, minGTEsPerGT, maxGTEsPerGT)
-	case h.capacity == 0:
-		return corrupt("capacity is 0 sectors, want at least 1")
 	case h.grainTables() > maxGrainTables:
 		return corrupt("capacity of %d sectors needs %d grain tables, want at most %d", h.capacity, h.grainTables(), maxGrainTables)
 	case h.overHead > fileSectors:
@@ -151,6 +154,25 @@ func (h *sparseHeader) validate(fileSectors uint64) error {
 	}
 	if h.redundant() {
 		return h.validateDirectory("rgdOffset", h.rgdOffset, fileSectors)
+	}
+	return nil
+}
+
+// validateHosted checks the fields of a hosted extent by themselves.
+func (h *sparseHeader) validateHosted() error {
+	switch {
+	case h.newlineTestDamaged:
+		return corrupt("its line ends were converted, as by a transfer in text mode: every byte is suspect")
+	case h.version < 1 || h.version > 3:
+		return unsupported("header version %d, want 1 to 3", h.version)
+	case h.compressAlgorithm != compressionNone && h.compressAlgorithm != compressDeflate:
+		return unsupported("compressAlgorithm %d, want 0 (none) or 1 (deflate)", h.compressAlgorithm)
+	case !powerOfTwoWithin(h.grainSize, minGrainSectors, maxGrainSectors):
+		return corrupt("grainSize is %d sectors, want a power of two from %d to %d", h.grainSize, minGrainSectors, maxGrainSectors)
+	case !powerOfTwoWithin(uint64(h.numGTEsPerGT), minGTEsPerGT, maxGTEsPerGT):
+		return corrupt("numGTEsPerGT is %d, want a power of two from %d to %d", h.numGTEsPerGT, minGTEsPerGT, maxGTEsPerGT)
+	case h.capacity == 0:
+		return corrupt("capacity is 0 sectors, want at least 1")
 	}
 	return nil
 }

@@ -25,19 +25,37 @@ type image struct {
 	createType     string
 	cid, parentCID uint32
 	readOnly       bool // whatever mode it was opened in
+	tracked        bool // changes are tracked (changeTrackPath)
+	ownersJudged   bool // no two grain table entries refer to one grain
 	sizeBytes      int64
 	extents        []extent // in guest order, without gaps
 }
 
 var _ engine.Codec = (*image)(nil)
 
-// extent is a piece of the guest in one file: sparse or flat.
+// imageOf returns the image that a codec is, nil if it is another format's.
+func imageOf(c engine.Codec) *image {
+	switch c := c.(type) {
+	case *image:
+		return c
+	case streamImage:
+		return c.image
+	}
+	return nil
+}
+
+// extent is a piece of the guest, in one file.
 type extent struct {
 	guestOff, guestEnd int64
-	sparse             *sparse // nil if flat
-	file               int     // in Layer.Files
-	flatOff            int64   // flat: where it starts in the file
+	sparse             *sparse   // hosted or COWD; nil if it is of another kind
+	se                 *seSparse // seSparse
+	zero               bool      // nothing but zeroes, without a file
+	file               int       // in Layer.Files; -1 if zero
+	flatOff            int64     // flat: where it starts in the file
 }
+
+// flat reports whether the extent is a stretch of a file, without tables.
+func (e *extent) flat() bool { return e.sparse == nil && e.se == nil && !e.zero }
 
 // extentAt returns the extent that holds the guest byte at off; past the guest size, the
 // last one.
@@ -51,15 +69,20 @@ func (m *image) extentAt(off int64) *extent {
 
 // Geometry describes the image.
 func (m *image) Geometry() engine.Geometry {
-	g := engine.Geometry{SizeBytes: m.sizeBytes, LogicalBlockBytes: sectorBytes, ReadOnly: m.readOnly, ZeroState: true}
+	g := engine.Geometry{
+		SizeBytes: m.sizeBytes, LogicalBlockBytes: sectorBytes, ReadOnly: m.readOnly, ZeroState: true,
+		Sequential: m.stream() != nil,
+	}
 	for i := range m.extents {
-		s := m.extents[i].sparse
-		if s == nil {
+		switch e := &m.extents[i]; {
+		case e.sparse != nil:
+			g.ClusterBytes = max(g.ClusterBytes, e.sparse.grainBytes())
+			g.ZeroState = g.ZeroState && e.sparse.hasZeroGrains()
+		case e.se != nil:
+			g.ClusterBytes = max(g.ClusterBytes, seGrainBytes)
+		default:
 			g.ZeroState = false
-			continue
 		}
-		g.ClusterBytes = max(g.ClusterBytes, s.grainBytes())
-		g.ZeroState = g.ZeroState && s.hasZeroGrains()
 	}
 	return g
 }
@@ -71,17 +94,25 @@ func (m *image) Lookup(off, n int64) (engine.Run, error) {
 	if e.sparse != nil {
 		return e.sparse.lookup(off, n)
 	}
-	return engine.Run{
-		State: engine.Data, Flat: true, Len: min(n, e.guestEnd-off),
-		File: e.file, FileOff: e.flatOff + off - e.guestOff,
-	}, nil
+	n = min(n, e.guestEnd-off)
+	switch {
+	case e.se != nil:
+		return e.se.lookup(off, n)
+	case e.zero:
+		return engine.Run{State: engine.Zero, Len: n}, nil
+	}
+	return engine.Run{State: engine.Data, Flat: true, Len: n, File: e.file, FileOff: e.flatOff + off - e.guestOff}, nil
 }
 
 // Granule returns the grain around off; a sector in a flat extent, where nothing ever has
 // to become present.
 func (m *image) Granule(off int64) (start, end int64) {
-	if e := m.extentAt(off); e.sparse != nil {
+	e := m.extentAt(off)
+	switch {
+	case e.sparse != nil:
 		return e.sparse.granule(off)
+	case e.se != nil:
+		return e.se.granule(off)
 	}
 	start = off / sectorBytes * sectorBytes
 	return start, start + sectorBytes
@@ -101,14 +132,20 @@ var errFlat = unsupported("a flat extent has no mapping")
 // Allocate reserves space for grains in one extent.
 func (m *image) Allocate(off, n int64) (engine.Place, error) {
 	e := m.extentAt(off)
-	if e.sparse == nil {
+	switch {
+	case e.sparse == nil:
 		return engine.Place{}, errFlat
+	case e.sparse.stream != nil:
+		return engine.Place{}, unsupported("a %s image takes compressed grains only", typeStreamOptimized)
 	}
 	return e.sparse.allocate(off, n)
 }
 
 // Set changes the mapping of grains: what can fail is done for all of them first.
 func (m *image) Set(off, n int64, to engine.State, at engine.Place) ([]engine.Span, error) {
+	if w := m.stream(); w != nil {
+		return nil, w.set(off, to, at)
+	}
 	if len(m.extents) == 1 && m.extents[0].sparse != nil {
 		return m.setOne(m.extents[0].sparse, off, n, to, at)
 	}
@@ -150,7 +187,13 @@ func (m *image) setOne(s *sparse, off, n int64, to engine.State, at engine.Place
 // Free takes back grains.
 func (m *image) Free(span engine.Span, zeroed bool) {
 	for i := range m.extents {
-		if s := m.extents[i].sparse; s != nil && s.file == span.File {
+		s := m.extents[i].sparse
+		switch {
+		case s == nil || s.file != span.File:
+		case s.stream != nil:
+			s.stream.giveBack(span)
+			return
+		default:
 			s.free(span, zeroed)
 			return
 		}
@@ -159,6 +202,9 @@ func (m *image) Free(span engine.Span, zeroed bool) {
 
 // Commit writes the tables, then the directories that name new ones.
 func (m *image) Commit(c *engine.Commit) error {
+	if err := m.raiseFreeSectors(c); err != nil {
+		return fmt.Errorf("vmdk: %w", err)
+	}
 	if err := c.WriteTables(stageTables); err != nil {
 		return fmt.Errorf("vmdk: %w", err)
 	}
@@ -179,13 +225,22 @@ func (m *image) Commit(c *engine.Commit) error {
 
 // Finish trims what was reserved ahead. Lookups may go on meanwhile, and do not notice:
 // nothing refers to what goes.
-func (m *image) Finish(*engine.Commit) error {
+func (m *image) Finish(c *engine.Commit) error {
+	if w := m.stream(); w != nil {
+		if err := w.finish(c); err != nil {
+			return fmt.Errorf("vmdk: finish the stream %s: %w", m.layer.Name, err)
+		}
+		return nil
+	}
 	for i := range m.extents {
 		s := m.extents[i].sparse
 		if s == nil || s.space == nil {
 			continue
 		}
 		if err := s.space.Trim(); err != nil {
+			return fmt.Errorf("vmdk: %w", err)
+		}
+		if err := s.settleFreeSector(c); err != nil {
 			return fmt.Errorf("vmdk: %w", err)
 		}
 	}

@@ -44,7 +44,7 @@ func (o *opener) open() (*engine.Layer, error) {
 	}
 	switch kind := foreignExtent(head); {
 	case kind != "":
-		return nil, unsupported("%s; want a hosted sparse, streamOptimized or flat image", kind)
+		return nil, unsupported("%s without its descriptor: open the descriptor file that names it", kind)
 	case isHeader(head) && size >= sectorBytes:
 		err = o.openMonolithic(f, size, head)
 	default:
@@ -118,7 +118,7 @@ func (o *opener) openMonolithic(f vfs.File, size int64, head []byte) error {
 	return nil
 }
 
-// guestSectors decides between header and descriptor: some writers round the header's
+// guestSectors decides, for an image in one file, between header and descriptor: some writers round the header's
 // capacity up to a grain and tell the true size in the descriptor. A greater difference
 // means that the descriptor is out of date, as after a crash while growing.
 func guestSectors(h sparseHeader, described uint64) uint64 {
@@ -131,8 +131,15 @@ func guestSectors(h sparseHeader, described uint64) uint64 {
 }
 
 // readHeader returns the header that counts, valid: the first sector, or the footer.
-func readHeader(f vfs.File, size int64, head []byte) (sparseHeader, error) {
-	h := decodeHeader(head)
+func readHeader(f vfs.File, size int64, head []byte) (h sparseHeader, err error) {
+	if isCOWD(head) {
+		h, err = decodeCOWD(head)
+	} else {
+		h = decodeHeader(head)
+	}
+	if err != nil {
+		return h, fmt.Errorf("header of %s: %w", f.Name(), err)
+	}
 	if h.gdOffset == gdAtEnd {
 		footer, err := readFooter(f, size)
 		if err != nil {
@@ -141,6 +148,7 @@ func readHeader(f vfs.File, size int64, head []byte) (sparseHeader, error) {
 		// The descriptor is where the header says: a footer need not repeat it.
 		footer.descriptorOffset, footer.descriptorSize = h.descriptorOffset, h.descriptorSize
 		h = footer
+		h.footer = true
 	}
 	if err := h.validate(uint64(size) / sectorBytes); err != nil {
 		return h, fmt.Errorf("header of %s: %w", f.Name(), err)
@@ -160,7 +168,8 @@ func (o *opener) openDescriptorFile(f vfs.File, size int64) error {
 	if !looksLikeDescriptor(text) {
 		return unsupported("neither a sparse extent nor a descriptor")
 	}
-	err := o.describe(text, typeMonolithicFlat, typeVMFS, typeSplitFlat, typeSplitSparse, typeMonolithicSparse)
+	err := o.describe(text, typeMonolithicFlat, typeVMFS, typeSplitFlat, typeSplitSparse, typeMonolithicSparse,
+		typeVMFSSparse, typeSESparse)
 	if err != nil {
 		return err
 	}
@@ -182,13 +191,17 @@ func (o *opener) openExtent(line *extentLine, names map[string]bool) error {
 	if why := refusedExtentKinds[line.kind]; why != "" {
 		return unsupported("kind %s: %s", line.kind, why)
 	}
-	if line.kind != "SPARSE" && line.kind != "FLAT" && line.kind != "VMFS" {
-		return unsupported("kind %q, want SPARSE, FLAT or VMFS", shorten(line.kind))
+	add := extentKinds[line.kind]
+	if add == nil {
+		return unsupported("kind %q, want SPARSE, FLAT, VMFS, VMFSSPARSE, SESPARSE or ZERO", shorten(line.kind))
 	}
 	if err := o.checkAccess(line); err != nil {
 		return err
 	}
-	name, err := vfs.Resolve(o.req.Name, line.file)
+	if line.kind == "ZERO" {
+		return o.addZero(line)
+	}
+	name, err := o.image.descriptor.resolve(o.req.Name, line.file)
 	if err != nil {
 		return err
 	}
@@ -200,10 +213,26 @@ func (o *opener) openExtent(line *extentLine, names map[string]bool) error {
 	if err != nil {
 		return err
 	}
-	if line.kind == "SPARSE" {
-		return o.addSparse(f, size, line)
-	}
-	return o.addFlat(f, size, line)
+	return add(o, f, size, line)
+}
+
+// extentKinds are the kinds of extents that can be read, and what opens them.
+var extentKinds = map[string]func(o *opener, f vfs.File, size int64, line *extentLine) error{
+	"SPARSE":     (*opener).addSparse,
+	"VMFSSPARSE": (*opener).addSparse,
+	"FLAT":       (*opener).addFlat,
+	"VMFS":       (*opener).addFlat,
+	"SESPARSE":   (*opener).addSESparse,
+	"ZERO":       func(*opener, vfs.File, int64, *extentLine) error { return nil },
+}
+
+// addZero adds a stretch that reads as zeroes, whatever a parent holds. There is no file
+// that could be written to.
+func (o *opener) addZero(line *extentLine) error {
+	start := o.guestEnd()
+	o.image.readOnly = true
+	o.image.extents = append(o.image.extents, extent{guestOff: start, guestEnd: start + line.sectors*sectorBytes, zero: true, file: -1})
+	return nil
 }
 
 func (o *opener) checkAccess(line *extentLine) error {
@@ -243,15 +272,16 @@ func (o *opener) addSparse(f vfs.File, size int64, line *extentLine) error {
 	if kind := foreignExtent(head); kind != "" {
 		return unsupported("%s is %s", f.Name(), kind)
 	}
-	if !isHeader(head) {
+	if !isHeader(head) && !isCOWD(head) {
 		return corrupt("%s does not start with the header of a sparse extent", f.Name())
 	}
 	h, err := readHeader(f, size, head)
 	if err != nil {
 		return err
 	}
+	// The header may say more, as after a crash while growing.
 	sectors := uint64(line.sectors)
-	if guestSectors(h, sectors) != sectors {
+	if sectors > h.wholeGrains(h.capacity) {
 		return corrupt("the descriptor gives it %d sectors, its header %d", sectors, h.capacity)
 	}
 	start := o.guestEnd()
@@ -266,18 +296,13 @@ func (o *opener) addSparse(f vfs.File, size int64, line *extentLine) error {
 // refusedExtentKinds are kinds of extents that exist but are not supported, and what they
 // are.
 var refusedExtentKinds = map[string]string{
-	"VMFSSPARSE": "a COWD redo log of ESX",
-	"SESPARSE":   "a space-efficient sparse disk of ESXi",
-	"ZERO":       "a stretch without a file",
-	"VMFSRDM":    "a device of the host, through VMFS",
-	"VMFSRAW":    "a device of the host, through VMFS",
+	"VMFSRDM": "a device of the host, through VMFS",
+	"VMFSRAW": "a device of the host, through VMFS",
 }
 
 // refusedTypes are values of createType that exist but are not supported, and what they
 // are.
 var refusedTypes = map[string]string{
-	"vmfsSparse":                   "a COWD redo log of ESX",
-	"seSparse":                     "a space-efficient sparse disk of ESXi",
 	"fullDevice":                   "a whole disk of the host",
 	"partitionedDevice":            "partitions of a disk of the host",
 	"vmfsRaw":                      "a device of the host",
@@ -313,7 +338,7 @@ func (o *opener) describe(text []byte, types ...string) error {
 		}
 	}
 	if path, ok := d.lookup(keyChangeTrack); ok && path != "" {
-		m.readOnly = true // what we write would be missing from the changes tracked there
+		m.tracked, m.readOnly = true, true // what we write would be missing from the changes tracked there
 	}
 	return nil
 }
@@ -346,11 +371,23 @@ func (o *opener) finish() (*engine.Layer, error) {
 	layer.Parent, layer.Codec, m.layer = parent, m, layer
 	for i := range m.extents {
 		s := m.extents[i].sparse
+		if se := m.extents[i].se; se != nil {
+			se.tables = layer.Tables
+		}
 		if s == nil {
 			continue
 		}
 		s.tables, s.last = layer.Tables, i == len(m.extents)-1
+		if layer.Writable && m.isEmptyStream() {
+			s.stream = newStreamWriter(s)
+			m.readOnly = false
+			continue
+		}
 		m.readOnly = m.readOnly || s.header.compressed() || s.header.flags&^knownFlags != 0
+	}
+	if m.stream() != nil {
+		layer.Codec = streamImage{m}
+		return layer, nil
 	}
 	if !m.readOnly && layer.Writable {
 		if err := m.makeSpaces(); err != nil {
@@ -360,7 +397,7 @@ func (o *opener) finish() (*engine.Layer, error) {
 	return layer, nil
 }
 
-// makeSpaces prepares the sparse extents for new grains.
+// makeSpaces prepares the extents for new grains.
 func (m *image) makeSpaces() error {
 	for i := range m.extents {
 		s := m.extents[i].sparse
@@ -371,12 +408,17 @@ func (m *image) makeSpaces() error {
 		if err != nil {
 			return err
 		}
-		s.space = engine.NewSpace(s.f, s.file, end, s.grainBytes(), maxFileSectors*sectorBytes)
+		s.makeSpace(end)
 		if err := s.reclaim(); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// makeSpace prepares an extent for new grains from a file offset on.
+func (s *sparse) makeSpace(end int64) {
+	s.space = engine.NewSpace(s.f, s.file, end, s.grainBytes(), maxFileSectors*sectorBytes)
 }
 
 // end returns where new grains can begin: the file's end, unless the extent's last grain

@@ -29,7 +29,7 @@ const (
 	stageDirectories engine.Stage = 1
 )
 
-// sparse is a hosted sparse extent: a grain directory names grain tables, whose entries
+// sparse is a hosted or COWD sparse extent: a grain directory names grain tables, whose entries
 // name grains. Both exist twice if the extent is redundant.
 type sparse struct {
 	tables *engine.Tables
@@ -48,9 +48,10 @@ type sparse struct {
 	dataStart uint64
 	fileEnd   int64
 
-	space *engine.Space // nil if the image cannot be written
-	spare engine.Span   // space for grain tables not used yet
-	plan  change        // scratch of prepareSet
+	stream *streamWriter // not nil while the extent is a stream that is being written
+	space  *engine.Space // nil if the image cannot be written
+	spare  engine.Span   // space for grain tables not used yet
+	plan   change        // scratch of prepareSet
 }
 
 // sectorSpan is a stretch of a file in sectors.
@@ -238,6 +239,9 @@ func (s *sparse) tableAt(ti int64) (uint32, error) {
 func (s *sparse) entries(grain int64) ([]byte, int64, error) {
 	ti, gi := grain>>s.tableShift, grain&(s.grainsPerTable()-1)
 	count := s.grainsPerTable() - gi
+	if s.stream != nil && s.stream.table == ti {
+		return s.stream.entries[gi*gteBytes:], count, nil
+	}
 	gt, err := s.tableAt(ti)
 	if gt == 0 || err != nil {
 		return nil, count, err

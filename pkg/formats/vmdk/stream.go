@@ -16,9 +16,11 @@ import (
 // Markers of a streamOptimized extent ("Virtual Disk Format 1.1", section
 // "Stream-Optimized Compressed Sparse Extents").
 const (
-	markerHeaderBytes = 12 // of a grain: its sector, and the length of its data
-	markerFooter      = 3
-	markerEndOfStream = 0
+	markerHeaderBytes    = 12 // of a grain: its sector, and the length of its data
+	markerEndOfStream    = 0
+	markerGrainTable     = 1
+	markerGrainDirectory = 2
+	markerFooter         = 3
 
 	// footerBytes is what ends a file whose directory is at its end: the footer's marker,
 	// the footer, which is a header, and the end-of-stream marker.
@@ -36,7 +38,7 @@ func readFooter(f vfs.File, size int64) (sparseHeader, error) {
 	}
 	marker, footer, end := p[:sectorBytes], p[sectorBytes:2*sectorBytes], p[2*sectorBytes:]
 	if !isMarker(marker, markerFooter) || !isHeader(footer) || !isMarker(end, markerEndOfStream) {
-		return sparseHeader{}, corrupt("the file does not end with a footer: it was truncated, or something follows it")
+		return sparseHeader{}, corrupt("the file does not end with a footer: it was truncated, was never finished, or something follows it")
 	}
 	h := decodeHeader(footer)
 	if h.gdOffset == gdAtEnd {

@@ -5,11 +5,12 @@ import (
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/formattest"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/raw"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vmdk"
 )
 
 func TestMain(m *testing.M) {
-	formats.Register(vmdk.Format{})
+	formats.Register(vmdk.Format{}, raw.Format{})
 	m.Run()
 }
 
@@ -19,25 +20,34 @@ func factories() []formattest.Factory {
 	zeroed := map[string]string{"zeroed_grain": "on"}
 	return []formattest.Factory{
 		{
-			Name: "sparse", Format: vmdk.Format{}, QEMU: "vmdk",
+			Name: "sparse", Format: vmdk.Format{}, QEMU: "vmdk", CanShrink: true, CanRebase: true,
 			Create:  formats.CreateRequest{ClusterBytes: 4 << 10},
 			Overlay: &formats.CreateRequest{ClusterBytes: 8 << 10},
 		},
 		{
-			Name: "zeroed-grain", Format: lazyTables{}, QEMU: "vmdk",
+			Name: "zeroed-grain", Format: lazyTables{}, QEMU: "vmdk", CanShrink: true, CanRebase: true,
 			Create:  formats.CreateRequest{ClusterBytes: 8 << 10, Extra: zeroed},
 			Overlay: &formats.CreateRequest{ClusterBytes: 4 << 10, Extra: zeroed},
 		},
 		{
 			// QEMU reads past the end of an extent that ends within a grain.
-			Name: "split", Format: split{}, CannotGrow: true,
+			Name: "split", Format: split{}, CanShrink: true, CanRebase: true,
 			Create:  formats.CreateRequest{ClusterBytes: 4 << 10},
 			Overlay: &formats.CreateRequest{ClusterBytes: 4 << 10},
 		},
 		{
-			Name: "flat", Format: vmdk.Format{}, QEMU: "vmdk", SizeBytes: 320<<10 + 5*512,
+			Name: "flat", Format: vmdk.Format{}, QEMU: "vmdk", SizeBytes: 320<<10 + 5*512, CanShrink: true, CanRebase: true,
 			Create:  formats.CreateRequest{Subformat: "monolithicFlat"},
 			Overlay: &formats.CreateRequest{ClusterBytes: 16 << 10},
+		},
+		{
+			Name: "cowd", Format: vmdk.Format{}, QEMU: "vmdk", CanShrink: true, CanRebase: true,
+			Create:  formats.CreateRequest{Subformat: "vmfsSparse", ClusterBytes: 4 << 10},
+			Overlay: &formats.CreateRequest{Subformat: "vmfsSparse", ClusterBytes: 512},
+		},
+		{
+			Name: "stream", Format: vmdk.Format{}, QEMU: "vmdk", FilledOnly: true, Compressed: true,
+			Create: formats.CreateRequest{Subformat: "streamOptimized", ClusterBytes: 4 << 10},
 		},
 	}
 }
