@@ -64,14 +64,16 @@ func (d *Disk) pullSome(off, n int64, last int) (int64, error) {
 	if err != nil || run.State != Absent {
 		return run.Len, err
 	}
-	start, end = d.granules(off, run.Len)
+	if start, end = d.granules(off, run.Len); !held.covers(start, end) {
+		return 0, nil // it has become another granule: claim it anew
+	}
 	isZero, err := d.parentsReadZero(start, min(end, d.size.Load()))
 	switch {
 	case err != nil:
 		return 0, err
 	case isZero && last == len(d.layers)-1:
 		return run.Len, nil // with no parents left, it reads the same
-	case isZero && d.top().geometry.ZeroState:
+	case isZero && d.canZero(start, end-start):
 		return run.Len, d.set(start, end-start, Zero, Place{})
 	}
 	placed, err := d.pullGranules(start, end)

@@ -12,6 +12,8 @@ type claims struct {
 
 type claim struct{ start, end int64 }
 
+func (c claim) covers(start, end int64) bool { return c.start <= start && end <= c.end }
+
 func (c *claims) init() { c.freed.L = &c.mu }
 
 // acquire waits until nobody holds a part of [start, end), and holds it.

@@ -106,6 +106,18 @@ type Compressor interface {
 	AllocateCompressed(off, n int64) (Place, error)
 }
 
+// PartZeroer is a Codec with a ZeroState that not all granules can have: of a block that
+// becomes present sector by sector, only all sectors together. Such a Codec may also
+// change what Granule says of a place, in a Set of a range that covers the old granules
+// and the new one.
+type PartZeroer interface {
+	Codec
+
+	// CanZero reports whether Set can make whole granules [off, off+n) Zero. It is called
+	// as Lookup is.
+	CanZero(off, n int64) bool
+}
+
 // State is the state of a Run in one layer.
 type State uint8
 

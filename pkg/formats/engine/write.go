@@ -173,7 +173,9 @@ func (d *Disk) place(what content, off int64) (int64, error) {
 	if run.inPlace() {
 		return 0, nil // overwriting claims its sectors itself: let the caller ask again
 	}
-	start, end = d.granules(off, what.n)
+	if start, end = d.granules(off, what.n); !held.covers(start, end) {
+		return 0, nil // another request has changed what a granule is here: claim it anew
+	}
 	place, err := d.reserve(start, end)
 	if err != nil {
 		return 0, err

@@ -39,6 +39,9 @@ func (d *Disk) eachRunGated(off, n int64, do func(off, n int64) (int64, error)) 
 	}
 	for n > 0 {
 		done, err := do(off, n)
+		if errors.Is(err, errGranulesChanged) {
+			continue
+		}
 		if err != nil {
 			return err
 		}
@@ -97,10 +100,25 @@ func (d *Disk) unmapZero(off, n int64) (int64, error) {
 			return whole, d.remap(off, whole, Absent)
 		}
 	}
-	if d.top().geometry.ZeroState {
+	if d.canZero(off, n) {
 		return n, d.remap(off, n, Zero)
 	}
 	return 0, nil
+}
+
+// canZero reports whether whole granules can be Set to Zero.
+func (d *Disk) canZero(off, n int64) bool {
+	top := d.top()
+	if !top.geometry.ZeroState {
+		return false
+	}
+	z, some := top.Codec.(PartZeroer)
+	if !some {
+		return true
+	}
+	d.mapping.RLock()
+	defer d.mapping.RUnlock()
+	return z.CanZero(off, n)
 }
 
 // discardSome gives back leading whole granules of a range where nothing can show
@@ -172,11 +190,16 @@ func (d *Disk) parentsZero(off, n int64) (int64, bool, error) {
 	return total, true, nil
 }
 
-// remap sets whole granules at off to Absent or Zero.
+// remap sets whole granules [off, off+n) to Absent or Zero; the last one may reach past the
+// end of the disk.
 func (d *Disk) remap(off, n int64, to State) error {
 	start, end := d.granules(off, n)
 	held := d.claims.acquire(start, end)
 	defer d.claims.release(held)
+	nowStart, nowEnd := d.granules(off, n)
+	if nowStart != off || nowEnd != end || end != off+n && off+n != d.size.Load() || to == Zero && !d.canZero(off, n) {
+		return errGranulesChanged
+	}
 	return d.set(start, end-start, to, Place{})
 }
 
