@@ -1,0 +1,199 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/all"
+)
+
+// bench is a run.
+type bench struct {
+	config
+	dir     string // everything but runDir; removed in the end
+	runDir  string // our servers' state: on tmpfs, where it is in production, if there is one
+	results results
+}
+
+func newBench(c config) (*bench, error) {
+	all.Register()
+	for _, tool := range []string{"fio", "qemu-img", "qemu-io"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			return nil, err
+		}
+	}
+	var err error
+	if c.binary, err = filepath.Abs(c.binary); err != nil {
+		return nil, err
+	}
+	b := &bench{config: c}
+	if b.dir, err = os.MkdirTemp(c.dir, "csi-imgdisk-bench-"); err != nil {
+		return nil, err
+	}
+	if b.runDir, err = os.MkdirTemp("/dev/shm", "csi-imgdisk-bench-"); err != nil {
+		b.runDir = filepath.Join(b.dir, "run")
+		err = os.Mkdir(b.runDir, 0o700)
+	}
+	if err != nil {
+		b.close()
+		return nil, err
+	}
+	b.results.describe(b)
+	return b, nil
+}
+
+func (b *bench) close() {
+	for _, dir := range []string{b.dir, b.runDir} {
+		if err := os.RemoveAll(dir); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: clean up:", err)
+		}
+	}
+}
+
+// run measures everything. What cannot be measured is noted, with the reason, and left
+// out; only an interrupt ends the run early.
+func (b *bench) run(ctx context.Context) error {
+	for _, format := range b.formats {
+		if _, err := formats.Lookup(format); err != nil {
+			b.skip(format, err)
+			continue
+		}
+		if err := b.measureFormat(ctx, format); err != nil {
+			return err
+		}
+	}
+	if err := b.measureConversions(ctx); err != nil {
+		return err
+	}
+	if err := b.measureOpening(ctx); err != nil {
+		return err
+	}
+	b.results.compare()
+	return nil
+}
+
+// measureFormat does all works in one format.
+func (b *bench) measureFormat(ctx context.Context, format string) error {
+	var images imageSet
+	defer func() { images.remove() }()
+	for _, w := range works() {
+		if !w.isFor(format) || !b.only.MatchString(w.name) {
+			continue
+		}
+		image, err := images.get(ctx, b, format, &w)
+		if err == nil {
+			err = b.takeTurns(ctx, w.name, format, w.contenders(format), func(name string) ([]figure, error) {
+				value, err := b.measure(ctx, name, format, image, &w)
+				return []figure{{w.name, w.unit(), value}}, err
+			})
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err != nil {
+			b.fail(format+": "+w.name, err)
+		}
+	}
+	return nil
+}
+
+// figure is one measured value of a work.
+type figure struct {
+	work, unit string
+	value      float64
+}
+
+// takeTurns lets contenders do a work round by round, each second round in reverse order.
+// One that is not installed is left out.
+func (b *bench) takeTurns(ctx context.Context, what, format string, contenders []string, measure func(name string) ([]figure, error)) error {
+	order := slices.DeleteFunc(slices.Clone(contenders), func(name string) bool { return !b.hasContender(name) })
+	for round := range b.rounds {
+		for _, name := range order {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			b.progress("%s, %s, round %d of %d: %s", format, what, round+1, b.rounds, name)
+			figures, err := measure(name)
+			if err != nil {
+				return err
+			}
+			for _, f := range figures {
+				b.results.add(f, format, name)
+			}
+			settle(b.dir)
+		}
+		slices.Reverse(order)
+	}
+	return nil
+}
+
+// settle writes out what measurements left in the page cache, which would slow the next.
+func settle(dir string) {
+	if f, err := os.Open(dir); err == nil {
+		_ = unix.Syncfs(int(f.Fd())) // it only makes figures steadier
+		f.Close()
+	}
+}
+
+// hasContender says whether a contender's program is there, and notes it if not.
+func (b *bench) hasContender(name string) bool {
+	program := name
+	switch name {
+	case ours:
+		program = b.binary
+	case nbdkit:
+		program = "nbdkit"
+	}
+	_, err := exec.LookPath(program)
+	if err != nil {
+		b.skip(name, err)
+	}
+	return err == nil
+}
+
+// measure lets a contender do a work once, on an image that is served for it alone. An
+// empty image is made anew.
+func (b *bench) measure(ctx context.Context, name, format, image string, w *work) (value float64, err error) {
+	l := load{mode: w.mode, blockBytes: w.blockBytes, depth: w.depth, sizeBytes: b.usedBytes(), duration: b.duration()}
+	if w.kind == emptyImage {
+		if err := b.create(ctx, format, image, emptyBytes); err != nil {
+			return 0, err
+		}
+		l.sizeBytes, l.totalBytes = emptyBytes, firstWrites(w.blockBytes)
+	}
+	s, err := b.serve(ctx, name, format, image)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, s.stop()) }()
+	s.client.close() // the load's is the only one
+	r, err := runFio(ctx, s.socket, l)
+	return r.in(w.unit()), err
+}
+
+func (b *bench) progress(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, format+"\n", args...)
+}
+
+// skip notes what is not measured, and why; once.
+func (b *bench) skip(what string, reason error) {
+	note := skipped{What: what, Reason: reason.Error()}
+	if !slices.Contains(b.results.Skipped, note) {
+		b.progress("skipped: %s: %v", what, reason)
+		b.results.Skipped = append(b.results.Skipped, note)
+	}
+}
+
+// fail notes what should have been measured.
+func (b *bench) fail(what string, reason error) {
+	b.progress("failed: %s: %v", what, reason)
+	b.results.Skipped = append(b.results.Skipped, skipped{What: what, Reason: reason.Error(), Failed: true})
+}
