@@ -73,7 +73,8 @@ func (a *access) addFormatFlag(cmd *cobra.Command, name, short, usage string) {
 // openedImage is an open image and where it lies.
 type openedImage struct {
 	*formats.Image
-	at *location
+	at         *location
+	journalDir string // that goes when it is closed; "" without
 }
 
 // open opens an image with everything it stands on.
@@ -95,7 +96,7 @@ func (a *access) openWith(ctx context.Context, path string, opts formats.OpenOpt
 		at.close()
 		return nil, a.explain(at.explain(err))
 	}
-	return &openedImage{img, at}, nil
+	return &openedImage{Image: img, at: at}, nil
 }
 
 // settleFormat finds an image's format out, if it was not given, for all times that its
@@ -124,6 +125,7 @@ func (a *access) explain(err error) error {
 // close closes the image; what was written is durable then.
 func (o *openedImage) close() error {
 	defer o.at.close()
+	defer dropJournalDir(o.journalDir)
 	return o.Close()
 }
 

@@ -42,6 +42,7 @@ Give --format raw for a raw disk: a guest can write another format's header into
 	}
 	how.addRootFlag(cmd)
 	how.addFormatFlag(cmd, "format", "f", "the image's format; found out from its contents if not given")
+	how.addSecretFlag(cmd, "secret-file")
 	addRunDirFlag(cmd, &run)
 	cmd.Flags().BoolVarP(&readOnly, "read-only", "r", false, "make a read-only device")
 	cmd.Flags().StringVar(&transport, "transport", "", "how the kernel reaches the server: nbd or fuse; by default the first that works here")
@@ -62,6 +63,11 @@ func attachImage(ctx context.Context, path string, how access, run runDir, readO
 		return supervisor.Attachment{}, err
 	}
 	how.root = at.root
+	if how.secretFile != "" { // the server has another working directory
+		if how.secretFile, err = filepath.Abs(how.secretFile); err != nil {
+			return supervisor.Attachment{}, err
+		}
+	}
 	att, err := client.Attach(ctx, supervisor.AttachRequest{
 		ID:        imageID + at.path(),
 		Server:    imageServer(at.path(), how, run, readOnly),

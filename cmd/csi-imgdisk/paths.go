@@ -3,7 +3,9 @@ package main
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -16,7 +18,7 @@ import (
 // runDir is the node's state: on tmpfs, because what is in it means nothing after a
 // reboot.
 //
-//	redo/         redo journals, named for a hash of the image's path or volume's handle
+//	redo/HASH/    a redo journal; HASH is the image's path's, or the volume's handle's
 //	supervisor/   the supervisor's state
 type runDir string
 
@@ -42,25 +44,34 @@ func (d runDir) prepare() error {
 	return nil
 }
 
-// journalName names the redo journal of what id identifies.
-func journalName(id string) string {
+// journalDir makes the directory that holds the redo journal of what id identifies, and
+// nothing else: its server is confined to it.
+func (d runDir) journalDir(id string) (string, error) {
+	if err := d.prepare(); err != nil {
+		return "", err
+	}
 	sum := sha256.Sum256([]byte(id))
-	return hex.EncodeToString(sum[:16])
+	dir := filepath.Join(d.redo(), hex.EncodeToString(sum[:16]))
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", fmt.Errorf("make the redo journal's directory: %w", err)
+	}
+	return dir, nil
 }
 
-// journal returns where the redo journal of what id identifies is kept.
-func (d runDir) journal(id string) (*engine.JournalFile, error) {
-	if err := d.prepare(); err != nil {
-		return nil, err
+// dropJournalDir removes a journal's directory, unless the journal is still needed.
+func dropJournalDir(dir string) {
+	if dir != "" {
+		_ = os.Remove(dir)
 	}
-	dir, err := vfs.OpenDir(d.redo())
+}
+
+const journalName = "journal"
+
+// openJournal opens the redo journal in a directory.
+func openJournal(dir string) (*engine.JournalFile, error) {
+	fsys, err := vfs.OpenDir(dir)
 	if err != nil {
 		return nil, err
 	}
-	return &engine.JournalFile{FS: dir, Name: journalName(id)}, nil
-}
-
-// volumeJournal returns the path of the redo journal of a store's volume.
-func (d runDir) volumeJournal(storeID, volume string) string {
-	return filepath.Join(d.redo(), journalName(storeID+"/"+volume))
+	return &engine.JournalFile{FS: fsys, Name: journalName}, nil
 }

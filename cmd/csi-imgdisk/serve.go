@@ -13,7 +13,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -50,6 +49,7 @@ Give --format raw for a raw disk: a guest can write another format's header into
 	}
 	opts.addRootFlag(cmd)
 	opts.addFormatFlag(cmd, "format", "f", "the image's format; found out from its contents if not given")
+	opts.addSecretFlag(cmd, "secret-file")
 	addRunDirFlag(cmd, &opts.run)
 	cmd.Flags().StringVar(&opts.socket, "socket", "", "unix socket to listen on")
 	cmd.Flags().BoolVarP(&opts.readOnly, "read-only", "r", false, "refuse writes")
@@ -93,19 +93,36 @@ func serveUntilDone(ctx context.Context, server *nbdlocal.Server, listener net.L
 
 // openServed opens an image for a server: with a redo journal if it is to be written.
 func (a *access) openServed(ctx context.Context, path string, run runDir, readOnly bool) (*openedImage, error) {
-	opts := formats.OpenOptions{Format: a.format, Mode: vfs.ReadOnly}
 	if readOnly {
-		return a.openWith(ctx, path, opts)
+		return a.openWith(ctx, path, a.options(vfs.ReadOnly))
 	}
-	opts.Mode = vfs.ReadWrite
 	real, err := realPath(path)
 	if err != nil {
 		return nil, err
 	}
-	if opts.Journal, err = run.journal(real); err != nil {
+	dir, err := run.journalDir(real)
+	if err != nil {
 		return nil, err
 	}
-	return a.openWith(ctx, path, opts)
+	return a.openJournalled(ctx, path, dir)
+}
+
+// openJournalled opens an image for writing, with its redo journal in a directory that
+// goes with it.
+func (a *access) openJournalled(ctx context.Context, path, journalDir string) (*openedImage, error) {
+	opts := a.options(vfs.ReadWrite)
+	journal, err := openJournal(journalDir)
+	if err != nil {
+		return nil, err
+	}
+	opts.Journal = journal
+	img, err := a.openWith(ctx, path, opts)
+	if err != nil {
+		dropJournalDir(journalDir)
+		return nil, err
+	}
+	img.journalDir = journalDir
+	return img, nil
 }
 
 // announceServed says that clients can connect.

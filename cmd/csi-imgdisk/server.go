@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"path/filepath"
 	"strconv"
 
 	"github.com/spf13/cobra"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/confine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/supervisor"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/store"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
@@ -33,7 +36,7 @@ type serverOptions struct {
 // imageServer returns the arguments of a server of an image.
 func imageServer(path string, how access, run runDir, readOnly bool) []string {
 	return []string{"server", "--run-dir", string(run), "--image", path, "--format", how.format, "--root", how.root,
-		"--read-only=" + strconv.FormatBool(readOnly)}
+		"--secret-file", how.secretFile, "--read-only=" + strconv.FormatBool(readOnly)}
 }
 
 func newServerCommand() *cobra.Command {
@@ -59,6 +62,7 @@ func newServerCommand() *cobra.Command {
 	flags.StringVar(&opts.image, "image", "", "image to serve")
 	opts.addFormatFlag(cmd, "format", "", "the image's format")
 	opts.addRootFlag(cmd)
+	opts.addSecretFlag(cmd, "secret-file")
 	flags.StringVar(&opts.store, "store", "", "NAME=PATH of the store that holds the volume")
 	flags.StringVar(&opts.volume, "volume", "", "volume to serve")
 	flags.StringVar(&opts.node, "node", "", "node that the volume is published to")
@@ -74,7 +78,28 @@ func (o *serverOptions) open(ctx context.Context) (supervisor.Opened, error) {
 }
 
 func (o *serverOptions) openImage(ctx context.Context) (supervisor.Opened, error) {
-	img, err := o.openServed(ctx, o.image, o.run, o.readOnly)
+	at, err := locate(o.image, o.root)
+	if err != nil {
+		return supervisor.Opened{}, err
+	}
+	at.close()
+	rules := confine.Rules{Read: []string{at.root}, Write: []string{filepath.Dir(at.path())}}
+	var journal string
+	if !o.readOnly {
+		if journal, err = o.run.journalDir(at.path()); err != nil {
+			return supervisor.Opened{}, err
+		}
+	}
+	if err := o.confine(rules, journal); err != nil {
+		dropJournalDir(journal)
+		return supervisor.Opened{}, err
+	}
+	var img *openedImage
+	if o.readOnly {
+		img, err = o.access.open(ctx, o.image, vfs.ReadOnly)
+	} else {
+		img, err = o.openJournalled(ctx, o.image, journal)
+	}
 	if err != nil {
 		return supervisor.Opened{}, err
 	}
@@ -90,21 +115,66 @@ func (o *serverOptions) openVolume(ctx context.Context) (supervisor.Opened, erro
 		return supervisor.Opened{}, err
 	}
 	opts := store.AttachOptions{Node: o.node, Epoch: o.epoch, ReadOnly: o.readOnly}
+	var journal string
 	if !o.readOnly {
-		if err := o.run.prepare(); err != nil {
+		if journal, err = o.run.journalDir(s.ID() + "/" + o.volume); err != nil {
 			return supervisor.Opened{}, errors.Join(err, s.Close())
 		}
-		opts.Journal = o.run.volumeJournal(s.ID(), o.volume)
+		opts.Journal = filepath.Join(journal, journalName)
 	}
-	volume, err := s.Attach(ctx, o.volume, opts)
+	var volume *store.Attached
+	if err = o.confineToVolume(s, journal); err == nil {
+		volume, err = s.Attach(ctx, o.volume, opts)
+	}
 	if err != nil {
+		dropJournalDir(journal)
 		return supervisor.Opened{}, errors.Join(err, s.Close())
 	}
 	return supervisor.Opened{
-		Device: closing{volume.Device(), func() error { return errors.Join(volume.Close(), s.Close()) }},
-		Lost:   volume.Lost(),
-		Stats:  func() any { return volume.Stats() },
+		Device: closing{volume.Device(), func() error {
+			defer dropJournalDir(journal)
+			return errors.Join(volume.Close(), s.Close())
+		}},
+		Lost:  volume.Lost(),
+		Stats: func() any { return volume.Stats() },
 	}, nil
+}
+
+func (o *serverOptions) confineToVolume(s *openedStore, journal string) error {
+	reach, err := s.Reach(o.volume)
+	if err != nil {
+		return err
+	}
+	return o.confine(confine.Rules{
+		Read:  s.hostPaths(reach.Read),
+		List:  s.hostPaths(reach.List),
+		Write: s.hostPaths(reach.Write),
+	}, journal)
+}
+
+// confine takes from this process, before it looks at any image, what serving does not
+// take: besides what rules say it reaches its redo journal, the directory of its control
+// socket, and what the runtime reads about the process itself.
+func (o *serverOptions) confine(rules confine.Rules, journal string) error {
+	rules.Write = append(rules.Write, filepath.Dir(o.control))
+	rules.Read = append(rules.Read, "/proc/self", "/etc/localtime", "/usr/share/zoneinfo")
+	if o.secretFile != "" {
+		rules.Read = append(rules.Read, o.secretFile)
+	}
+	if journal != "" {
+		rules.Write = append(rules.Write, journal)
+		rules.Remove = append(rules.Remove, o.run.redo())
+	}
+	applied, err := confine.Process(rules)
+	switch {
+	case errors.Is(err, confine.ErrUnsupported):
+		slog.Warn("the server has all of its rights", "because", err)
+	case err != nil:
+		return err
+	default:
+		slog.Info("confined", "by", applied.String())
+	}
+	return nil
 }
 
 // closing is a device whose Close does more than the device's own.
@@ -122,7 +192,16 @@ type namedStore struct{ name, path string }
 // openedStore is an open store and the directory it lies in.
 type openedStore struct {
 	*store.Store
-	dir io.Closer
+	dir  io.Closer
+	path string
+}
+
+// hostPaths returns the paths of names in the store.
+func (s *openedStore) hostPaths(names []string) (paths []string) {
+	for _, name := range names {
+		paths = append(paths, filepath.Join(s.path, filepath.FromSlash(name)))
+	}
+	return paths
 }
 
 func (s *openedStore) Close() error { return errors.Join(s.Store.Close(), s.dir.Close()) }
@@ -145,5 +224,5 @@ func (n namedStore) open(ctx context.Context, opts store.Options) (*openedStore,
 	if err != nil {
 		return nil, errors.Join(err, dir.Close())
 	}
-	return &openedStore{s, dir}, nil
+	return &openedStore{s, dir, n.path}, nil
 }
