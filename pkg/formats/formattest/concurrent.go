@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -52,8 +53,8 @@ type crowd struct {
 }
 
 func playCrowd(t *testing.T, f Factory, depth int) {
-	counted(t, &Figures.Kills, "kills of a crowd")
-	counted(t, &Figures.CrashPoints, "crash points of a crowd")
+	f.counted(t, "kills of a crowd", func(f *Figures) *atomic.Int64 { return &f.Kills })
+	f.counted(t, "crash points of a crowd", func(f *Figures) *atomic.Int64 { return &f.CrashPoints })
 	r := testenv.Rand(t)
 	mem := vfs.NewMem()
 	p := newPlayer(t, f, mem, r, depth)
@@ -321,7 +322,7 @@ func (c *crowd) hook(at vfs.Op) error {
 // lookAfterKill looks what the next process finds: what had returned before the kill, and
 // any part of what had not, or was begun while we looked.
 func (c *crowd) lookAfterKill() error {
-	Figures.Kills.Add(1)
+	c.rig.figures().Kills.Add(1)
 	c.mu.Lock()
 	returned, inFlight, begun := c.live.clone(), c.numbered(c.pending), len(c.all)
 	c.mu.Unlock()
@@ -349,7 +350,7 @@ func (c *crowd) lookAfterKill() error {
 		return err
 	}
 	for i, left := range killedAgain {
-		Figures.Kills.Add(1)
+		c.rig.figures().Kills.Add(1)
 		if err := look(left); err != nil {
 			return fmt.Errorf("and killed again before change %d of %d of the next process: %w", i, len(killedAgain), err)
 		}
@@ -367,8 +368,8 @@ func (c *crowd) next(fsys vfs.FS) *rig {
 // lookAfterCrash looks what a loss of power leaves: what had returned when the last flush
 // that succeeded was called, and any part of what came later.
 func (c *crowd) lookAfterCrash() error {
-	Figures.CrashPoints.Add(1)
-	Figures.Crashes.Add(1)
+	c.rig.figures().CrashPoints.Add(1)
+	c.rig.figures().Crashes.Add(1)
 	c.mu.Lock()
 	durable, later, begun := c.durable.clone(), c.numbered(c.since), len(c.all)
 	c.mu.Unlock()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync/atomic"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
@@ -28,7 +29,7 @@ func testConvert(t *testing.T, f Factory) {
 		convertOnce(t, f, r, compress)
 	}
 	t.Run("errors", func(t *testing.T) {
-		counted(t, &Figures.InjectedErrors, "failed operations")
+		f.counted(t, "failed operations", func(f *Figures) *atomic.Int64 { return &f.InjectedErrors })
 		for _, how := range failures[:3] {
 			failConvert(t, f, how)
 		}
@@ -64,7 +65,11 @@ func (f Factory) convert(fsys vfs.FS, want []byte, compress bool) (err error) {
 	req := f.Create
 	req.FS, req.Name, req.SizeBytes, req.Secret = fsys, f.fileName(0), int64(len(want)), f.Secret
 	conversion := formats.Conversion{Copying: formats.Copying{Compress: compress}}
-	return conversion.Convert(context.Background(), source, f.Format, req, nil)
+	err = conversion.Convert(context.Background(), source, f.Format, req, nil)
+	if err == nil {
+		f.figures(1).Created.Add(1)
+	}
+	return err
 }
 
 // converted returns the rig of an image that convert made.
@@ -176,7 +181,7 @@ func failConvert(t *testing.T, f Factory, how failure) {
 		if failed == "" {
 			return
 		}
-		Figures.InjectedErrors.Add(1)
+		f.figures(1).InjectedErrors.Add(1)
 	}
 }
 

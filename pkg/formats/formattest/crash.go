@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"sync/atomic"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
@@ -18,8 +19,8 @@ const crashesPerPoint = 3
 // testCrashSweep loses power before every single change of the file system that a script
 // causes, and looks at what is left.
 func testCrashSweep(t *testing.T, f Factory) {
-	counted(t, &Figures.CrashPoints, "crash points")
-	counted(t, &Figures.Crashes, "images after crashes")
+	f.counted(t, "crash points", func(f *Figures) *atomic.Int64 { return &f.CrashPoints })
+	f.counted(t, "images after crashes", func(f *Figures) *atomic.Int64 { return &f.Crashes })
 	for _, depth := range f.depths()[:min(2, len(f.depths()))] {
 		t.Run(fmt.Sprintf("depth=%d", depth), func(t *testing.T) { sweepCrashes(t, f, depth) })
 	}
@@ -55,7 +56,7 @@ func (c *crasher) hook(at vfs.Op) error {
 	if c.p == nil || c.err != nil {
 		return nil
 	}
-	Figures.CrashPoints.Add(1)
+	c.p.rig.figures().CrashPoints.Add(1)
 	for range crashesPerPoint {
 		what := "power lost before " + showFSOp(at)
 		if err := c.crash(what); err != nil {
@@ -75,7 +76,7 @@ func showFSOp(o vfs.Op) string {
 
 // crash loses power once and looks at the image, and now and then lives on with it.
 func (c *crasher) crash(what string) error {
-	Figures.Crashes.Add(1)
+	c.p.rig.figures().Crashes.Add(1)
 	mem := c.mem.Crash(c.r)
 	untouched := c.p.rig.on(mem.Clone())
 	fsys := track(mem)
@@ -179,9 +180,9 @@ func sweepCrashesOfCreate(t *testing.T, f Factory) {
 		}
 		var wrong error
 		hook := func(at vfs.Op) error {
-			Figures.CrashPoints.Add(1)
+			f.figures(1).CrashPoints.Add(1)
 			for range crashesPerPoint {
-				Figures.Crashes.Add(1)
+				f.figures(1).Crashes.Add(1)
 				if err := inspectHalfMade(f, mem.Crash(r), want); err != nil && wrong == nil {
 					wrong = fmt.Errorf("power lost before %s: %w", showFSOp(at), err)
 				}

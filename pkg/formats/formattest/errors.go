@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -59,7 +60,7 @@ func failPart(n uint64, r *rand.Rand) vfs.Hook {
 // testErrorSweep plays a script again and again, each time with another operation of the
 // file system failing: nothing is silent, nothing is lost, nothing stays open.
 func testErrorSweep(t *testing.T, f Factory) {
-	counted(t, &Figures.InjectedErrors, "failed operations")
+	f.counted(t, "failed operations", func(f *Figures) *atomic.Int64 { return &f.InjectedErrors })
 	for _, how := range failures {
 		t.Run(how.name, func(t *testing.T) { sweepErrors(t, f, how) })
 	}
@@ -87,7 +88,7 @@ func sweepErrors(t *testing.T, f Factory, how failure) {
 		if !run.hasFailed {
 			return // the script has fewer operations
 		}
-		Figures.InjectedErrors.Add(1)
+		run.p.rig.figures().InjectedErrors.Add(1)
 	}
 }
 
@@ -285,7 +286,7 @@ func sweepErrorsOfCreate(t *testing.T, f Factory) {
 			if !failed {
 				break
 			}
-			Figures.InjectedErrors.Add(1)
+			f.figures(1).InjectedErrors.Add(1)
 		}
 	}
 }

@@ -104,6 +104,7 @@ func Run(t *testing.T, factories ...Factory) {
 	// Whole disks come and go thousands of times: collecting them less often halves the
 	// time it takes.
 	defer debug.SetGCPercent(debug.SetGCPercent(400))
+	defer WriteFigures(t)
 	for _, f := range factories {
 		f.register()
 		t.Run(f.Name, func(t *testing.T) {
@@ -112,6 +113,7 @@ func Run(t *testing.T, factories ...Factory) {
 					continue
 				}
 				t.Run(part.name, func(t *testing.T) {
+					f.noteFailure(t)
 					checkGoroutines(t)
 					part.test(t, f)
 				})

@@ -36,13 +36,14 @@ func Fuzz(f *testing.F, factories ...Factory) {
 		images = append(images, h)
 		h.seed(f, byte(i))
 	}
+	defer WriteFigures(f)
 	f.Fuzz(func(t *testing.T, kind byte, seed uint64, patches []byte) {
 		h := *images[int(kind)%len(images)]
 		h.r = rand.New(rand.NewPCG(seed, 2))
 		if err := h.use(h.patched(patches)); err != nil {
 			t.Fatal(err)
 		}
-		Figures.FuzzInputs.Add(1)
+		h.f.figures(1).FuzzInputs.Add(1)
 	})
 }
 

@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -34,7 +35,7 @@ const (
 // testHostile damages an image in many ways: whatever is in it, using it gives data or
 // errors, in bounded time and memory.
 func testHostile(t *testing.T, f Factory) {
-	counted(t, &Figures.HostileImages, "damaged images")
+	f.counted(t, "damaged images", func(f *Figures) *atomic.Int64 { return &f.HostileImages })
 	r := testenv.Rand(t)
 	mem := vfs.NewMem()
 	image := madeForDamage(t, f, mem, r)
@@ -49,7 +50,7 @@ func testHostile(t *testing.T, f Factory) {
 		if err := h.use(files); err != nil {
 			t.Fatalf("image %d, %s: %v", i, what, err)
 		}
-		Figures.HostileImages.Add(1)
+		f.figures(1).HostileImages.Add(1)
 	}
 }
 

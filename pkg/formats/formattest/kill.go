@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync/atomic"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
@@ -14,7 +15,7 @@ import (
 // testKillSweep kills the process before every single change of the two file systems, the
 // image's and the redo journal's, and in the middle of writes, and opens the image again.
 func testKillSweep(t *testing.T, f Factory) {
-	counted(t, &Figures.Kills, "kills")
+	f.counted(t, "kills", func(f *Figures) *atomic.Int64 { return &f.Kills })
 	for _, depth := range f.depths()[:min(2, len(f.depths()))] {
 		t.Run(fmt.Sprintf("depth=%d", depth), func(t *testing.T) { sweepKills(t, f, depth) })
 	}
@@ -128,7 +129,7 @@ func writePart(fsys vfs.FS, name string, b []byte, off int64) error {
 
 // kill looks at what the next process finds in one of several ways.
 func (k *killer) kill(images, journals *vfs.Mem) error {
-	Figures.Kills.Add(1)
+	k.p.rig.figures().Kills.Add(1)
 	var err error
 	switch way := k.r.IntN(10); {
 	case way < 4:
@@ -200,7 +201,7 @@ func (k *killer) killAgain(images, journals *vfs.Mem) error {
 		return err
 	}
 	for i, s := range states {
-		Figures.Kills.Add(1)
+		k.p.rig.figures().Kills.Add(1)
 		if err := k.reopen(s.images, s.journals); err != nil {
 			return fmt.Errorf("and killed again before change %d of %d of the next process: %w", i, len(states), err)
 		}

@@ -50,7 +50,7 @@ func (o *oracle) look(r *rig, want []byte) error {
 			return err
 		}
 	}
-	Figures.OracleChecks.Add(int64(len(r.names)))
+	r.figures().OracleChecks.Add(int64(len(r.names)))
 	raw := filepath.Join(o.dir, "want.raw")
 	if err := os.WriteFile(raw, want, 0o600); err != nil {
 		return err
@@ -58,7 +58,7 @@ func (o *oracle) look(r *rig, want []byte) error {
 	if err := o.compare(r, raw); err != nil {
 		return err
 	}
-	Figures.OracleCompares.Add(1)
+	r.figures().OracleCompares.Add(1)
 	return nil
 }
 
@@ -216,7 +216,7 @@ func (s *crashSample) check() {
 			s.t.Errorf("%s: %v", image.what, err)
 			return
 		}
-		Figures.OracleCrashes.Add(1)
+		image.rig.figures().OracleCrashes.Add(1)
 	}
 }
 

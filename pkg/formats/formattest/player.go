@@ -122,6 +122,7 @@ func (p *player) skips(o op) bool {
 // answered.
 func (p *player) step(o op) (ioErr, wrong error) {
 	p.ops++
+	p.rig.figures().Operations.Add(1)
 	switch o.kind {
 	case opRead:
 		return p.read(o)
@@ -130,6 +131,9 @@ func (p *player) step(o op) (ioErr, wrong error) {
 	case opWrite, opZero, opDiscard, opPack:
 		ioErr = p.change(o)
 		p.leaky = p.leaky || o.kind != opWrite || ioErr != nil
+		if o.kind == opDiscard && ioErr == nil {
+			p.rig.figures().Discards.Add(1)
+		}
 	case opFlush:
 		ioErr = p.flush()
 	case opReopen:
@@ -137,6 +141,9 @@ func (p *player) step(o op) (ioErr, wrong error) {
 	case opGrow, opShrink:
 		ioErr, wrong = p.resize(o)
 		p.leaky = p.leaky || o.kind == opShrink
+		if ioErr == nil {
+			p.rig.figures().Resizes.Add(1)
+		}
 	case opPush:
 		ioErr = p.push()
 	}

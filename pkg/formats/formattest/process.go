@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -45,7 +46,9 @@ func KillProcess(t *testing.T, f Factory) {
 		fmt.Println("error", beChild(f))
 		os.Exit(1)
 	}
-	counted(t, &Figures.ProcessKills, "processes killed")
+	f.counted(t, "processes killed", func(f *Figures) *atomic.Int64 { return &f.ProcessKills })
+	f.noteFailure(t)
+	defer WriteFigures(t)
 	t.Run("journal", func(t *testing.T) { killProcesses(t, f, journalDir(t)) })
 	t.Run("no journal", func(t *testing.T) { killProcesses(t, f, "") })
 }
@@ -87,7 +90,7 @@ func killProcesses(t *testing.T, f Factory, journals string) {
 			t.Fatalf("child: %v", err)
 		}
 		played += child.completed
-		Figures.ProcessKills.Add(1)
+		p.rig.figures().ProcessKills.Add(1)
 		if err := p.afterProcessKill(); err != nil {
 			t.Fatalf("killed in operation %06x, %d of the child's had completed: %v", p.ops, child.completed, err)
 		}

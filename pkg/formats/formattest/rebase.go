@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -25,13 +26,13 @@ func testRebase(t *testing.T, f Factory) {
 		return
 	}
 	t.Run("crashes", func(t *testing.T) {
-		counted(t, &Figures.CrashPoints, "crash points")
+		f.counted(t, "crash points", func(f *Figures) *atomic.Int64 { return &f.CrashPoints })
 		for range f.scaled(5) {
 			crashRebase(t, f)
 		}
 	})
 	t.Run("errors", func(t *testing.T) {
-		counted(t, &Figures.InjectedErrors, "failed operations")
+		f.counted(t, "failed operations", func(f *Figures) *atomic.Int64 { return &f.InjectedErrors })
 		failRebase(t, f)
 	})
 }
@@ -102,9 +103,9 @@ func crashRebase(t *testing.T, f Factory) {
 		if p == nil || wrong != nil {
 			return nil
 		}
-		Figures.CrashPoints.Add(1)
+		f.figures(3).CrashPoints.Add(1)
 		for range crashesPerPoint {
-			Figures.Crashes.Add(1)
+			f.figures(3).Crashes.Add(1)
 			got, err := p.rig.on(mem.Crash(r)).inspect()
 			if err == nil {
 				err = p.allowsAfterCrash(got)
@@ -192,7 +193,7 @@ func failRebase(t *testing.T, f Factory) {
 		if failed == "" {
 			return
 		}
-		Figures.InjectedErrors.Add(1)
+		f.figures(3).InjectedErrors.Add(1)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync/atomic"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
@@ -18,7 +19,7 @@ import (
 // testRepair repairs what crashes leave: leaks are gone then, and nothing else is. (What
 // repair makes of damage is a part of Hostile.)
 func testRepair(t *testing.T, f Factory) {
-	counted(t, &Figures.Repairs, "images repaired")
+	f.counted(t, "images repaired", func(f *Figures) *atomic.Int64 { return &f.Repairs })
 	r := testenv.Rand(t)
 	for range f.scaled(10) {
 		if err := repairCrash(t, f, r); err != nil {
@@ -68,6 +69,6 @@ func (r *rig) repair(name string) error {
 	if closeErr := layer.Close(); closeErr != nil || err != nil && !errors.Is(err, block.ErrUnsupported) {
 		return errors.Join(err, closeErr)
 	}
-	Figures.Repairs.Add(1)
+	r.figures().Repairs.Add(1)
 	return checkLayer(r.fs, r.f, name, !r.f.RepairsLeaks)
 }

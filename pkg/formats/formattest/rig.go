@@ -35,6 +35,7 @@ func newRig(f Factory, fsys vfs.FS, size int64) (*rig, error) {
 		if err := f.Format.Create(ctx, req); err != nil {
 			return nil, err
 		}
+		f.figures(1).Created.Add(1)
 		return &rig{f: f, fs: fsys, names: []string{req.Name}, made: 1}, nil
 	}
 	base := f.Base.fileName()
@@ -49,6 +50,7 @@ func newRig(f Factory, fsys vfs.FS, size int64) (*rig, error) {
 	if err := f.Format.Create(ctx, req); err != nil {
 		return nil, err
 	}
+	f.figures(1).Created.Add(1)
 	return &rig{f: f, fs: fsys, names: []string{base, req.Name}, made: 1}, nil
 }
 
@@ -166,7 +168,11 @@ func (r *rig) createOverlay(parent *engine.Layer) (name string, err error) {
 	req.FS, req.Name, req.Secret = r.fs, r.f.fileName(r.made), r.f.Secret
 	req.Parent = &formats.Parent{Name: r.top(), Layer: parent}
 	r.made++
-	return req.Name, r.f.Format.Create(context.Background(), req)
+	err = r.f.Format.Create(context.Background(), req)
+	if err == nil {
+		r.f.figures(2).Created.Add(1)
+	}
+	return req.Name, err
 }
 
 // push makes a new overlay the top of the open image. When it fails, the rig is where

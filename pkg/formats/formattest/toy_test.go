@@ -24,9 +24,8 @@ import (
 //
 //	0     magic[8] guest size[8] cluster size[8] entries[8] times changed[8] linkLen[8] parent's format:name…
 //	4096  entries: 0 absent, 1 zero, else the file offset of a cluster, +2 if it is compressed:
-//	      length[4] and a deflate stream
+//	      length[4] and a deflate stream; +6: the same, but as it is
 //
-// A stream's clusters are all compressed; what does not become smaller is as it is.
 // Encrypted, it is a format of its own.
 type toy struct {
 	bug       toyBug
@@ -46,9 +45,11 @@ const (
 	toyMaxBytes     = 64 << 20
 	toyMaxName      = 255
 
-	toyAbsent     = 0
-	toyZero       = 1
-	toyCompressed = 2 // a flag
+	toyAbsent         = 0
+	toyZero           = 1
+	toyCompressed     = 2 // flags
+	toyIncompressible = 4
+	toyFlags          = toyCompressed | toyIncompressible
 )
 
 func (b toyBug) is(name string) bool { return string(b) == name }
@@ -301,7 +302,7 @@ func (c *toyCodec) entry(index int64) (int64, error) {
 		return e, nil
 	}
 	whole := e
-	e &^= toyCompressed
+	e &^= toyFlags
 	size, err := c.file.Size()
 	if err != nil {
 		return 0, err
@@ -330,8 +331,8 @@ func (c *toyCodec) Lookup(off, n int64) (run engine.Run, err error) {
 				return run, nil
 			}
 			return engine.Run{
-				State: engine.Compressed, Len: min(n, toyClusterBytes-off%toyClusterBytes), FileOff: e - toyCompressed,
-				GranuleOff: off / toyClusterBytes * toyClusterBytes, GranuleLen: toyClusterBytes, CompressedLen: toyClusterBytes,
+				State: engine.Compressed, Len: min(n, toyClusterBytes-off%toyClusterBytes), FileOff: e &^ toyFlags, CompressedLen: toyClusterBytes - e&toyIncompressible,
+				GranuleOff: off / toyClusterBytes * toyClusterBytes, GranuleLen: toyClusterBytes,
 			}, nil
 		}
 		switch {
@@ -364,7 +365,7 @@ func (c *toyCodec) ReadCompressed(run engine.Run, p []byte) error {
 		return err
 	}
 	n := binary.LittleEndian.Uint32(stored)
-	if n > toyClusterBytes-4 && c.stream {
+	if run.CompressedLen < toyClusterBytes {
 		copy(p, stored)
 		return nil
 	}
@@ -396,17 +397,22 @@ func (c *toyCodec) Compress(_ int64, p []byte) ([]byte, error) {
 	if _, err := w.Write(p); err != nil {
 		return nil, err
 	}
-	if err := w.Close(); err != nil || stored.Len() > toyClusterBytes {
-		if c.stream && err == nil { // it cannot be plain, and does not begin with a length
+	if err := w.Close(); err != nil || stored.Len() >= toyClusterBytes {
+		if c.stream && err == nil { // it cannot be plain
 			return bytes.Clone(p), nil
 		}
 		return nil, err
 	}
 	binary.LittleEndian.PutUint32(stored.Bytes(), uint32(stored.Len()-4))
-	return append(stored.Bytes(), make([]byte, toyClusterBytes-stored.Len())...), nil
+	return append(stored.Bytes(), make([]byte, toyClusterBytes-1-stored.Len())...), nil
 }
 
-func (c *toyCodec) AllocateCompressed(off, n int64) (engine.Place, error) { return c.Allocate(off, n) }
+// AllocateCompressed gives a cluster; how much of it is asked for says what it is for.
+func (c *toyCodec) AllocateCompressed(off, n int64) (engine.Place, error) {
+	p, err := c.Allocate(off, toyClusterBytes)
+	p.Len = n
+	return p, err
+}
 
 func (c *toyCodec) Allocate(_, n int64) (engine.Place, error) {
 	p, err := c.space.Alloc(n, toyClusterBytes)
@@ -435,7 +441,7 @@ func (c *toyCodec) Set(off, n int64, to engine.State, at engine.Place) (unused [
 			return nil, err
 		}
 		if old > toyZero {
-			unused = append(unused, engine.Span{Off: old &^ toyCompressed, Len: toyClusterBytes})
+			unused = append(unused, engine.Span{Off: old &^ toyFlags, Len: toyClusterBytes})
 		}
 		e := int64(toyAbsent)
 		switch to {
@@ -448,6 +454,9 @@ func (c *toyCodec) Set(off, n int64, to engine.State, at engine.Place) (unused [
 			e = at.Off + i*toyClusterBytes
 		case engine.Compressed:
 			e = at.Off + toyCompressed
+			if at.Len == toyClusterBytes {
+				e += toyIncompressible
+			}
 		}
 		entries = binary.LittleEndian.AppendUint64(entries, uint64(e))
 	}
@@ -465,7 +474,7 @@ func (c *toyCodec) Set(off, n int64, to engine.State, at engine.Place) (unused [
 
 func (c *toyCodec) Free(s engine.Span, zeroed bool) {
 	if !c.bug.is("space is lost") {
-		c.space.Free(s.Off, s.Len, zeroed)
+		c.space.Free(s.Off, toyAlign(s.Len), zeroed)
 	}
 }
 
@@ -559,11 +568,11 @@ func (c *toyCodec) Check(_ context.Context, repair *engine.Commit, _ func(done, 
 			result.Problems = append(result.Problems, engine.Problem{Corrupt: true, Text: err.Error()})
 		case err != nil:
 			return result, err
-		case e > toyZero && slices.Contains(used, e&^toyCompressed):
+		case e > toyZero && slices.Contains(used, e&^toyFlags):
 			result.Corruptions++
 			result.Problems = append(result.Problems, engine.Problem{Corrupt: true, Text: fmt.Sprintf("cluster %#x has two owners", e)})
 		case e > toyZero:
-			used = append(used, e&^toyCompressed)
+			used = append(used, e&^toyFlags)
 		}
 	}
 	result.Leaks = (size-toyDataStart(c.h.entries))/toyClusterBytes - int64(len(used))
