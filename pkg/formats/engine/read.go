@@ -176,6 +176,13 @@ func readCiphered(l *Layer, run Run, p []byte, off int64) error {
 
 func (d *Disk) readCompressed(i int, run Run, p []byte, off int64) error {
 	l := d.layers[i]
+	if off == run.GranuleOff && int64(len(p)) == run.GranuleLen {
+		// Whoever wants all of it will not come back: it need not be kept.
+		if err := l.Codec.ReadCompressed(run, p); err != nil {
+			return fmt.Errorf("%s: %s: inflate guest offset %d: %w", l.Format, l.Name, off, err)
+		}
+		return nil
+	}
 	granule, err := d.inflated.get(inflatedKey{l, run.GranuleOff}, func() ([]byte, error) {
 		buf := make([]byte, run.GranuleLen)
 		err := l.Codec.ReadCompressed(run, buf)

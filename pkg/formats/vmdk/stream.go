@@ -1,15 +1,13 @@
 package vmdk
 
 import (
-	"bytes"
-	"compress/zlib"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"sync"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/internal/inflate"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 
@@ -71,9 +69,8 @@ func (s *sparse) compressedRun(grain int64, entry uint32, room, off, n int64) (e
 
 // inflater is what decompressing one grain needs.
 type inflater struct {
-	stored []byte
-	source bytes.Reader
-	zlib   io.ReadCloser
+	stored []byte // as it was read, with a marker
+	packed []byte // of it, what is to be inflated
 }
 
 var inflaters = sync.Pool{New: func() any { return new(inflater) }}
@@ -119,7 +116,7 @@ func (in *inflater) load(s *sparse, run engine.Run) error {
 		}
 		stored = stored[markerHeaderBytes:]
 	}
-	in.source.Reset(stored)
+	in.packed = stored
 	return nil
 }
 
@@ -139,30 +136,15 @@ func (s *sparse) markedLength(marker []byte, run engine.Run) (int64, error) {
 // inflate fills p from the source, which must hold at least atLeast bytes and no more than
 // fit; the rest of p becomes zero. Nothing is inflated beyond p, whatever the source says.
 func (in *inflater) inflate(p []byte, atLeast int64) error {
-	if err := in.reset(); err != nil {
-		return corrupt("inflate: %w", err)
-	}
-	n, err := io.ReadFull(in.zlib, p)
+	n, err := inflate.Zlib(p, in.packed)
 	switch {
-	case err == io.ErrUnexpectedEOF && int64(n) >= atLeast:
-		clear(p[n:])
-		return nil
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+	case errors.Is(err, inflate.ErrLonger):
+		return corrupt("inflates to more than %d bytes", len(p))
+	case errors.Is(err, inflate.ErrCut), err == nil && int64(n) < atLeast:
 		return corrupt("inflates to %d bytes or is cut off, want %d", n, len(p))
 	case err != nil:
 		return corrupt("inflate: %w", err)
 	}
-	var more [1]byte
-	if n, err := in.zlib.Read(more[:]); n != 0 || err != io.EOF {
-		return corrupt("inflates to more than %d bytes, or its checksum is wrong", len(p))
-	}
+	clear(p[n:])
 	return nil
-}
-
-func (in *inflater) reset() (err error) {
-	if in.zlib == nil {
-		in.zlib, err = zlib.NewReader(&in.source)
-		return err
-	}
-	return in.zlib.(zlib.Resetter).Reset(&in.source, nil)
 }
