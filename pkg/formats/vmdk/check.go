@@ -3,7 +3,9 @@ package vmdk
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"math/bits"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
@@ -17,8 +19,9 @@ const (
 )
 
 // Check examines the tables of all sparse extents, and how long flat files are. A repair
-// takes each entry that is bad from the other copy, makes stale copies equal, and cuts off
-// what nothing refers to at a file's end.
+// takes each entry that is bad from the other copy, makes stale copies equal, gives a grain
+// that shares another's space a copy of its own, and cuts off what nothing refers to at a
+// file's end.
 func (m *image) Check(ctx context.Context, c *engine.Commit, progress func(done, total int64)) (engine.CheckResult, error) {
 	result := engine.CheckResult{}
 	var tables, done int64
@@ -103,6 +106,8 @@ type checker struct {
 	unitShift uint     // log2 of the bytes that a bit of used stands for
 	used      []uint64 // bitmap of the file's units
 	previous  uint32   // the last grain's sector, to count fragments
+	end       int64    // of the last grain in the file
+	separated int64    // bytes copied for grains that shared theirs
 	table     []byte   // scratch: a grain table
 	redundant []byte   // scratch: its redundant copy
 }
@@ -110,6 +115,12 @@ type checker struct {
 func (k *checker) run() error {
 	if err := k.scan(); err != nil {
 		return err
+	}
+	if err := k.checkFreeSector(); err != nil {
+		return err
+	}
+	if k.sparse.header.compressed() {
+		return k.checkCompressedLeaks()
 	}
 	return k.checkLeaks()
 }
@@ -266,7 +277,7 @@ func (k *checker) checkTable(ti int64) error {
 	}
 	first := ti << s.tableShift
 	count := min(s.grainsPerTable(), s.grains()-first)
-	primaryChanged, stale := false, 0
+	primaryChanged, redundantChanged, stale := false, false, 0
 	for i := range count {
 		p, r := k.table[i*gteBytes:], k.redundant[i*gteBytes:]
 		entry, copied := binary.LittleEndian.Uint32(p), binary.LittleEndian.Uint32(r)
@@ -275,6 +286,13 @@ func (k *checker) checkTable(ti int64) error {
 			if k.repairs() && rgt != 0 && copied != entry && copied != gteAbsent && k.take(first+i, copied) == "" {
 				binary.LittleEndian.PutUint32(p, copied)
 				primaryChanged, fixed = true, true
+			} else if own, err := k.separate(first+i, entry); err != nil {
+				return err
+			} else if own != gteAbsent {
+				binary.LittleEndian.PutUint32(p, own)
+				binary.LittleEndian.PutUint32(r, own)
+				primaryChanged, fixed = true, true
+				redundantChanged = rgt != 0
 			}
 			report(k.result, engine.Problem{Corrupt: true, Fixed: fixed, Text: fmt.Sprintf("grain %d of %s: %s", first+i, s.f.Name(), why)})
 			continue
@@ -284,7 +302,125 @@ func (k *checker) checkTable(ti int64) error {
 			stale++
 		}
 	}
+	if redundantChanged && stale == 0 {
+		if err := k.commit.WriteAt(s.file, k.redundant, int64(rgt)*sectorBytes); err != nil {
+			return err
+		}
+	}
 	return k.repairTable(ti, rgt, primaryChanged, stale)
+}
+
+// maxSeparatedBytes bounds how much a repair copies.
+const maxSeparatedBytes = 1 << 30
+
+// separate gives a grain whose entry refers to another grain's space, or a part of it, a
+// copy of its own, durably. It returns the entry for it; gteAbsent if nothing can be done.
+func (k *checker) separate(grain int64, entry uint32) (uint32, error) {
+	s := k.sparse
+	if !k.repairs() || s.header.compressed() || k.separated >= maxSeparatedBytes {
+		return gteAbsent, nil
+	}
+	run, err := s.runAt(grain, entry, s.guestOff+grain<<s.grainShift, s.grainBytes())
+	if err != nil || run.State != engine.Data {
+		return gteAbsent, nil
+	}
+	data := make([]byte, s.grainBytes())
+	if _, err := s.f.ReadAt(data, run.FileOff); err != nil && !errors.Is(err, io.EOF) {
+		return gteAbsent, fmt.Errorf("read grain %d: %w", grain, err)
+	}
+	place, err := s.space.Alloc(s.grainBytes(), s.grainBytes())
+	if err != nil {
+		return gteAbsent, err
+	}
+	if err := k.commit.WriteAt(s.file, data, place.Off); err != nil {
+		return gteAbsent, err
+	}
+	if err := k.commit.Sync(); err != nil {
+		return gteAbsent, err
+	}
+	k.separated += s.grainBytes()
+	s.fileEnd = max(s.fileEnd, place.Off+place.Len)
+	for int64(len(k.used))*64 < (s.fileEnd-1)>>k.unitShift+1 {
+		k.used = append(k.used, 0)
+	}
+	k.mark(place.Off, place.Len)
+	k.result.AllocatedCount++
+	return uint32(place.Off / sectorBytes), nil
+}
+
+// checkFreeSector reports a COWD header by which other writers would take grains in use
+// for free.
+func (k *checker) checkFreeSector() error {
+	s := k.sparse
+	if !s.header.cowd || k.end <= int64(s.header.freeSector)*sectorBytes {
+		return nil
+	}
+	report(k.result, engine.Problem{
+		Fixed: k.repairs(),
+		Text:  fmt.Sprintf("freeSector of %s is %d, but grains are in use up to sector %d", s.f.Name(), s.header.freeSector, k.end/sectorBytes),
+	})
+	if !k.repairs() {
+		return nil
+	}
+	return s.writeFreeSector(k.commit, s.freeSectorNow())
+}
+
+// checkCompressedLeaks counts what lies between the grains of a stream and is neither a
+// marker nor padding.
+func (k *checker) checkCompressedLeaks() error {
+	s := k.sparse
+	if s.header.flags&flagMarkers == 0 {
+		return nil // nothing says how long grains are
+	}
+	var lost int64
+	var failed error
+	sector := make([]byte, sectorBytes)
+	k.eachFree(func(from, to int64) {
+		for off := from; off < to && failed == nil; off += sectorBytes {
+			if off%(1<<20) == 0 {
+				if failed = k.ctx.Err(); failed != nil {
+					return
+				}
+			}
+			n, err := s.f.ReadAt(sector, off)
+			if err != nil && !errors.Is(err, io.EOF) {
+				failed = fmt.Errorf("read %d bytes at %#x: %w", len(sector), off, err)
+			}
+			clear(sector[n:])
+			if !isStructural(sector) {
+				lost += sectorBytes
+			}
+		}
+	})
+	if failed != nil || lost == 0 {
+		return failed
+	}
+	report(k.result, engine.Problem{Text: fmt.Sprintf("nothing refers to %d bytes of %s", lost, s.f.Name())})
+	k.result.Leaks += (lost-1)>>s.grainShift + 1
+	return nil
+}
+
+// isStructural reports whether a sector that no table refers to has its place in a stream:
+// a marker, the header or footer, or padding.
+func isStructural(p []byte) bool {
+	if isHeader(p) {
+		return true
+	}
+	for kind := uint32(markerEndOfStream); kind <= markerFooter; kind++ {
+		if isMarker(p, kind) && isZero(p[markerHeaderBytes+gteBytes:]) {
+			return true
+		}
+	}
+	return false
+}
+
+func isZero(p []byte) bool {
+	for _, b := range p {
+		if b != 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // repairTable writes the changed copies of a table, and reports stale ones.
@@ -337,7 +473,8 @@ func (k *checker) take(grain int64, entry uint32) string {
 		k.result.Fragmented++
 	}
 	k.previous = entry
-	k.result.ImageEndOffset = max(k.result.ImageEndOffset, run.FileOff+length)
+	k.end = max(k.end, run.FileOff+length)
+	k.result.ImageEndOffset = max(k.result.ImageEndOffset, k.end)
 	return ""
 }
 
@@ -406,9 +543,6 @@ func (k *checker) eachFree(f func(start, end int64)) {
 // it ends the file.
 func (k *checker) checkLeaks() error {
 	s := k.sparse
-	if s.header.compressed() {
-		return nil
-	}
 	leaks, tail, end := int64(0), int64(0), s.fileEnd
 	k.eachFree(func(from, to int64) {
 		lost := min(to, s.fileEnd) - from

@@ -31,8 +31,3 @@ func (Format) Name() string { return formatName }
 func (Format) Probe(head []byte, _ int64) bool {
 	return isHeader(head) || isCOWD(head) || foreignExtent(head) != "" || looksLikeDescriptor(head)
 }
-
-// Measure is not possible yet.
-func (Format) Measure(formats.CreateRequest, int64) (int64, error) {
-	return 0, unsupported("measuring")
-}

@@ -197,7 +197,11 @@ func TestCheck(t *testing.T) {
 		"two owners": {func(t *testing.T, fsys vfs.FS) {
 			poke32(t, fsys, "a.vmdk", gtOff+400, dataOff/512)
 			poke32(t, fsys, "a.vmdk", rgtOff+400, dataOff/512)
-		}, 1, 0, 0, 0, "grain 100 of a.vmdk: its entry, sector 40, overlaps another grain", true, true, false},
+		}, 1, 0, 1, 0, "grain 100 of a.vmdk: its entry, sector 40, overlaps another grain", true, false, false},
+		"overlapping by a sector": {func(t *testing.T, fsys vfs.FS) {
+			poke32(t, fsys, "a.vmdk", gtOff+400, dataOff/512+1)
+			poke32(t, fsys, "a.vmdk", rgtOff+400, dataOff/512+1)
+		}, 1, 0, 1, 0, "grain 100 of a.vmdk: its entry, sector 41, overlaps another grain", true, false, false},
 		"directory entry past the end": {func(t *testing.T, fsys vfs.FS) {
 			poke32(t, fsys, "a.vmdk", gdOff, 1<<31)
 		}, 1, 3, 1, 0, "grain directory entry 0 of a.vmdk", true, false, false},

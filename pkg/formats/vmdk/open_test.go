@@ -13,6 +13,7 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vmdk"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 
@@ -342,3 +343,109 @@ func TestCreate_NamesTaken(t *testing.T) {
 		}
 	}
 }
+
+// Stretches without a file read as zeroes, whatever a parent holds; the image is not
+// written.
+func TestOpen_ZeroExtents(t *testing.T) {
+	fsys := vfs.NewMem()
+	addFile(t, fsys, "my disk.flat", bytes.Repeat([]byte("x"), 8192))
+	text := "  # a comment\r\n\r\nversion = 1\r\nCID = 7\r\nparentCID=ffffffff\r\ncreateType = \"monolithicFlat\"\r\n" +
+		"RW  8\tFLAT  \"my disk.flat\"  0 \r\nRW 16 ZERO\r\nRW 8 FLAT \"other\" 8\r\n# the end"
+	addFile(t, fsys, "other", bytes.Repeat([]byte("y"), 8192))
+	addFile(t, fsys, "a.vmdk", []byte(text))
+	image := memOpen(t, fsys, "a.vmdk", vfs.ReadWrite)
+	want := strings.Repeat("x", 4096) + strings.Repeat("\x00", 8192) + strings.Repeat("y", 4096)
+	if got := readGuest(t, image); string(got) != want {
+		t.Error("it reads as something else")
+	}
+	if !image.Info().ReadOnly {
+		t.Error("it can be written")
+	}
+	checkClean(t, image)
+	if e, err := image.Map(5000, 10000); err != nil || e.State != block.Zero || e.Len != 4096+8192-5000 {
+		t.Errorf("Map is %+v, %v", e, err)
+	}
+	if d := image.Layers()[0].Codec.Describe(); len(d.Details) != 4 {
+		t.Errorf("described as %+v", d)
+	}
+}
+
+// Names in other encodings find their files.
+func TestOpen_OtherEncoding(t *testing.T) {
+	fsys := vfs.NewMem()
+	addFile(t, fsys, "Größe-flat.vmdk", bytes.Repeat([]byte("x"), 4096))
+	text := "version=1\nencoding=\"windows-1252\"\nCID=00000001\nparentCID=ffffffff\ncreateType=\"vmfs\"\nRW 8 VMFS \"Gr\xf6\xdfe-flat.vmdk\"\n"
+	addFile(t, fsys, "a.vmdk", []byte(text))
+	if got := readGuest(t, memOpen(t, fsys, "a.vmdk", vfs.ReadWrite)); got[0] != 'x' {
+		t.Error("it reads as something else")
+	}
+}
+
+func TestMeasure(t *testing.T) {
+	for name, c := range map[string]struct {
+		req        formats.CreateRequest
+		data, want int64
+	}{
+		"flat":       {formats.CreateRequest{SizeBytes: 1 << 30, Subformat: "vmfs", Preallocation: formats.PreallocateFull}, 0, 1 << 30},
+		"sparse":     {formats.CreateRequest{SizeBytes: 1 << 30}, 1 << 20, 1 << 20},
+		"full":       {formats.CreateRequest{SizeBytes: 1 << 30, Preallocation: formats.PreallocateFull}, 0, 1 << 30},
+		"stream":     {formats.CreateRequest{SizeBytes: 1 << 30, Subformat: "streamOptimized"}, 1 << 30, 1 << 30},
+		"split":      {formats.CreateRequest{SizeBytes: 5 << 30, Subformat: "twoGbMaxExtentSparse"}, 3 << 30, 3 << 30},
+		"cowd":       {formats.CreateRequest{SizeBytes: 1 << 30, Subformat: "vmfsSparse"}, 1 << 30, 1 << 30},
+		"split flat": {formats.CreateRequest{SizeBytes: 5 << 30, Subformat: "twoGbMaxExtentFlat"}, 3 << 30, 3 << 30},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := vmdk.Format{}.Measure(c.req, c.data)
+			if err != nil || got < c.want || got > c.want+c.want/100+100<<10 {
+				t.Errorf("%d, %v; want a little more than %d", got, err, c.want)
+			}
+		})
+	}
+	if _, err := (vmdk.Format{}).Measure(formats.CreateRequest{SizeBytes: 1}, 0); !errors.Is(err, block.ErrInvalid) {
+		t.Errorf("error %v, want %v", err, block.ErrInvalid)
+	}
+}
+
+// What is measured is how long a full image is.
+func TestMeasure_Full(t *testing.T) {
+	for _, subformat := range vmdkSubformats() {
+		fsys := vfs.NewMem()
+		req := formats.CreateRequest{Name: "a.vmdk", SizeBytes: 3 << 20, Subformat: subformat}
+		disk := make([]byte, req.SizeBytes)
+		r := testenv.Rand(t)
+		for i := range disk {
+			disk[i] = byte(r.Uint32())
+		}
+		most, err := vmdk.Format{}.Measure(req, req.SizeBytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if subformat == "streamOptimized" {
+			convertToStream(t, fsys, disk, req)
+		} else {
+			memCreate(t, fsys, req)
+			image := memOpen(t, fsys, "a.vmdk", vfs.ReadWrite)
+			if _, err := image.WriteAt(disk, 0); err != nil {
+				t.Fatal(err)
+			}
+			if err := image.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		entries, err := fsys.ReadDir(".")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var have int64
+		for _, e := range entries {
+			if e.Name() != "disk.raw" {
+				have += int64(len(peek(t, fsys, e.Name())))
+			}
+		}
+		if slack := int64(70 << 10); have > most+slack || most > have+slack {
+			t.Errorf("%s: measured %d bytes, and there are %d", subformat, most, have)
+		}
+	}
+}
+
+func vmdkSubformats() []string { return vmdk.Format{}.Options().Subformats }

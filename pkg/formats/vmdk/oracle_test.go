@@ -204,6 +204,15 @@ func TestOracle_QEMUReadsWhatWeWrite(t *testing.T) {
 		"flat":          {Subformat: "monolithicFlat"},
 		"flat-full":     {Subformat: "monolithicFlat", Preallocation: formats.PreallocateFull},
 		"lsilogic-14":   {Extra: map[string]string{"adapter_type": "lsilogic", "hwversion": "14"}},
+		"split":         {Subformat: "twoGbMaxExtentSparse"},
+		"split-grains":  {Subformat: "twoGbMaxExtentSparse", ClusterBytes: 16 << 10, Extra: on},
+		"split-flat":    {Subformat: "twoGbMaxExtentFlat"},
+		"vmfs":          {Subformat: "vmfs"},
+		"vmfs-falloc":   {Subformat: "vmfs", Preallocation: formats.PreallocateFalloc},
+		"cowd":          {Subformat: "vmfsSparse"},
+		"cowd-64k":      {Subformat: "vmfsSparse", ClusterBytes: 64 << 10},
+		"cowd-full":     {Subformat: "vmfsSparse", ClusterBytes: 4 << 10, Preallocation: formats.PreallocateFull},
+		"geometry":      {Extra: map[string]string{"geometry": "12/34/56", "toolsversion": "2147483647"}},
 		"in-a-long-dir": {Name: strings.Repeat("d", 200) + ".vmdk"},
 	} {
 		t.Run(name, func(t *testing.T) {
