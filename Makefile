@@ -40,8 +40,9 @@ race: deps ## run the tests under the race detector (needs a C compiler)
 fuzz: go ## fuzz every parser for FUZZTIME (default 30s) each
 	hack/fuzz.sh
 
-bench: deps ## measure speed beside qemu-nbd and nbdkit, in one run
-	hack/bench.sh
+bench: deps ## measure speed beside qemu-nbd, nbdkit and qemu-img, in one run (BENCH='-seconds 1', see docs/benchmarks)
+	@$(MAKE) --no-print-directory build
+	go run ./test/bench $(BENCH)
 
 vm-test: go ## test the kernel transports in virtual machines with Debian's kernels
 	go run ./test/vm

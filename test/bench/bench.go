@@ -58,8 +58,8 @@ func (b *bench) close() {
 	}
 }
 
-// run measures everything. What cannot be measured is noted, with the reason, and left
-// out; only an interrupt ends the run early.
+// run measures everything. What we cannot do, and what fails, is noted with the reason and
+// left out; only an interrupt ends the run early.
 func (b *bench) run(ctx context.Context) error {
 	for _, format := range b.formats {
 		if _, err := formats.Lookup(format); err != nil {

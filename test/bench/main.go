@@ -80,10 +80,15 @@ func start(ctx context.Context, c config, formats, only string) error {
 		return err
 	}
 	b.results.print(os.Stdout)
-	if c.out == "" {
-		return nil
+	if c.out != "" {
+		if err := b.results.write(c.out); err != nil {
+			return err
+		}
 	}
-	return b.results.write(c.out)
+	if n := b.results.failures(); n > 0 {
+		return fmt.Errorf("%d measurements failed: see the end of the table", n)
+	}
+	return nil
 }
 
 func (c *config) check() error {

@@ -124,6 +124,17 @@ func (r *results) add(f figure, format, server string) {
 	to.Values = append(to.Values, f.value)
 }
 
+// failures counts what should have been measured and was not.
+func (r *results) failures() int {
+	n := 0
+	for _, s := range r.Skipped {
+		if s.Failed {
+			n++
+		}
+	}
+	return n
+}
+
 // median of at least one value.
 func median(values []float64) float64 {
 	sorted := slices.Sorted(slices.Values(values))
