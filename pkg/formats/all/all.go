@@ -8,6 +8,7 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/qcow"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/raw"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vdi"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vhdx"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vmdk"
 )
 
@@ -16,5 +17,5 @@ import (
 func Register() { register() }
 
 var register = sync.OnceFunc(func() {
-	formats.Register(vmdk.Format{}, vdi.Format{}, qcow.Format{}, raw.Format{})
+	formats.Register(vmdk.Format{}, vdi.Format{}, vhdx.Format{}, qcow.Format{}, raw.Format{})
 })
