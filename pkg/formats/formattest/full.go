@@ -32,8 +32,9 @@ func testFullStore(t *testing.T, f Factory) {
 
 func fillStores(t *testing.T, f Factory, on func(*vfs.Mem) vfs.FS, depth int) {
 	r := testenv.Rand(t)
+	const most = 15
 	refused, poisoned := 0, 0
-	for range f.scaled(15) {
+	for i := 0; i < f.scaled(most) || refused == 0 && i < most; i++ {
 		store := vfs.NewMem()
 		s := fullStore{mem: store, p: newPlayer(t, f, on(store), r, depth), r: r, reserves: on(store) == vfs.FS(store)}
 		refused += s.fill(t)
