@@ -111,9 +111,8 @@ func (d *Disk) cutTail(size int64) error {
 			n = min(end, d.size.Load()) - off
 			err = d.zeroRange(off, n)
 		case start == off && run.State != Absent:
-			n = min(run.Len, d.size.Load()-off)
-			if whole := d.wholeGranules(off, n); whole > 0 {
-				n = whole
+			if n = d.wholeGranules(off, n); n == 0 { // a part of one, which goes as a whole
+				n = min(end, d.size.Load()) - off
 			}
 			err = d.remap(off, n, Absent)
 		}
