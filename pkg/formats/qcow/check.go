@@ -50,10 +50,14 @@ type checker struct {
 	used      bitmap // units in which anything is
 	previous  uint64 // the last plain cluster's entry, to count fragments
 	stored    storedList
+	damaged   bool // something is corrupt, or was
 }
 
 func newChecker(ctx context.Context, m *image, c *engine.Commit, progress func(done, total int64)) *checker {
-	return &checker{ctx: ctx, m: m, commit: c, progress: progress, table: make([]byte, m.tableBytes())}
+	return &checker{
+		ctx: ctx, m: m, commit: c, progress: progress,
+		table: make([]byte, m.tableBytes()), stored: storedList{limit: maxStored},
+	}
 }
 
 func (k *checker) run() error {
@@ -106,6 +110,7 @@ func (k *checker) report(p engine.Problem) {
 }
 
 func (k *checker) corrupt(fixed bool, format string, args ...any) {
+	k.damaged = true
 	k.report(engine.Problem{Corrupt: true, Fixed: fixed, Text: fmt.Sprintf(format, args...)})
 }
 

@@ -29,8 +29,8 @@ type image struct {
 	tableShift   uint  // log2 of the entries per level 2 table
 
 	l1 []uint64 // file offsets of level 2 tables; 0 none, badTable
-	// l2s are the offsets of all level 2 tables within the file, sorted, also of bad
-	// ones; fixed are the other metadata. Neither may be taken for data.
+	// l2s are the offsets of the level 2 tables, sorted; fixed are the other metadata.
+	// Neither may be taken for data.
 	l2s     []int64
 	fixed   []span
 	fileEnd int64 // where data can be ends here

@@ -25,8 +25,8 @@ const (
 )
 
 // judgeTables puts badTable in place of level 1 entries whose tables lie outside the file,
-// across sectors, or overlap anything else, and notes where metadata is. The image still
-// opens: what the other tables hold is good, and a check can say more.
+// across sectors, or overlap other tables or the header, and notes where metadata is. The
+// image still opens: what the other tables hold is good, and a check can say more.
 func (m *image) judgeTables() {
 	m.l2s = m.l2s[:0]
 	for i, at := range m.l1 {
@@ -42,15 +42,21 @@ func (m *image) judgeTables() {
 	slices.Sort(m.l2s)
 	m.noteFixed()
 	bad := m.overlappingTables()
-	m.l2s = slices.Compact(m.l2s)
 	if len(bad) == 0 {
 		return
 	}
+	isBad := func(at int64) bool {
+		_, found := slices.BinarySearch(bad, at)
+		return found
+	}
 	for i, at := range m.l1 {
-		if _, found := slices.BinarySearch(bad, int64(at)); found && at != 0 && at != badTable {
+		if at != 0 && at != badTable && isBad(int64(at)) {
 			m.l1[i] = badTable
 		}
 	}
+	// Data may be where they are said to be.
+	m.l2s = slices.DeleteFunc(m.l2s, isBad)
+	m.noteFixed()
 }
 
 // overlappingTables returns which of the sorted tables overlap each other or what is fixed,

@@ -133,14 +133,15 @@ func (k *checker) copyOfStored(place span) (int64, error) {
 	return at, k.commit.WriteAt(0, p, at)
 }
 
-// cutOff shortens the file if whole clusters at its end are lost; else by what was reserved
-// ahead of its use. What a table that cannot be followed refers to looks lost, but may not be.
+// cutOff shortens the file if whole clusters at its end are lost, and by what was reserved
+// ahead for copies. In an image that was damaged, what looks lost may be all that is left of
+// what a damaged entry led to: then it stays, until another repair.
 func (k *checker) cutOff() error {
 	m := k.m
-	end := m.wholeClusters(m.fileEnd)
-	if m.space.End() > end || k.result.Corruptions > 0 {
-		return m.space.Trim() // copies are behind it, or something is not understood
+	if k.damaged {
+		return m.space.Trim()
 	}
+	end := m.wholeClusters(m.fileEnd)
 	var tail span
 	k.eachFree(func(free span) { tail = free })
 	if tail.end < end || tail.start == tail.end {

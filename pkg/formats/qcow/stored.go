@@ -9,6 +9,7 @@ import (
 // at once than memory is allowed to take. A key is the offset in the upper bits and the length
 // in the lower cluster_bits ones, as many as an entry has.
 type storedList struct {
+	limit  int // of keys at once
 	keys   []uint64
 	from   uint64 // keys below were in an earlier pass
 	before uint64 // keys from here on are left to a later one; 0: none
@@ -18,16 +19,32 @@ func (s *storedList) add(key uint64) {
 	if key < s.from || s.before != 0 && key >= s.before {
 		return
 	}
-	if len(s.keys) == maxStored {
-		slices.Sort(s.keys)
-		s.before = s.keys[maxStored/2]
-		i, _ := slices.BinarySearch(s.keys, s.before)
-		s.keys = s.keys[:i]
-		if key >= s.before {
+	if len(s.keys) >= s.limit {
+		s.thin()
+		if s.before != 0 && key >= s.before {
 			return
 		}
 	}
 	s.keys = append(s.keys, key)
+}
+
+// thin makes space: two of a kind say as much as more do, and if that is not enough, the upper
+// half of the file is left to another pass.
+func (s *storedList) thin() {
+	slices.Sort(s.keys)
+	kept := s.keys[:0]
+	for _, key := range s.keys {
+		if n := len(kept); n < 2 || kept[n-2] != key {
+			kept = append(kept, key)
+		}
+	}
+	s.keys = kept
+	if len(kept) <= s.limit/2 {
+		return
+	}
+	s.before = kept[len(kept)/2]
+	i, _ := slices.BinarySearch(kept, s.before)
+	s.keys = kept[:i]
 }
 
 // checkStored looks for compressed clusters that overlap others, and notes where all of them
@@ -60,7 +77,7 @@ func (k *checker) checkStored() error {
 		if k.stored.before == 0 {
 			return nil
 		}
-		k.stored = storedList{keys: k.stored.keys[:0], from: k.stored.before}
+		k.stored.keys, k.stored.from, k.stored.before = k.stored.keys[:0], k.stored.before, 0
 	}
 }
 
