@@ -6,6 +6,7 @@ import (
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/qcow"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/qcow2"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/raw"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vdi"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vhdx"
@@ -17,5 +18,5 @@ import (
 func Register() { register() }
 
 var register = sync.OnceFunc(func() {
-	formats.Register(vmdk.Format{}, vdi.Format{}, vhdx.Format{}, qcow.Format{}, raw.Format{})
+	formats.Register(vmdk.Format{}, vdi.Format{}, vhdx.Format{}, qcow.Format{}, qcow2.Format{}, raw.Format{})
 })

@@ -1,0 +1,144 @@
+package qcow2
+
+import (
+	"context"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
+)
+
+// rebuild makes a new refcount table and new refcount blocks from what was counted, behind
+// everything else, and then has the header name them. The old ones are free from then on.
+func (k *checker) rebuild() error {
+	m := k.image
+	if err := k.uncountRefcounts(); err != nil {
+		return err
+	}
+	at := max(m.fileEnd>>m.clusterBits, k.counts.last+1)
+	blocks, tableClusters := k.layOutRebuild(at)
+	end := at + tableClusters + int64(len(blocks))
+	if tableClusters<<m.clusterBits > maxRefTableBytes || end > maxClusterOff>>m.clusterBits {
+		return fullFormat("a new refcount table", maxRefTableBytes)
+	}
+	for c := at; c < end; c++ {
+		if err := k.counts.add(c, 1); err != nil {
+			return err
+		}
+	}
+	table := make([]uint64, tableClusters<<m.clusterBits/8)
+	for i, number := range blocks {
+		off := (at + tableClusters + int64(i)) << m.clusterBits
+		table[number] = uint64(off)
+		if err := k.commit.WriteAt(0, k.encodeBlock(number), off); err != nil {
+			return err
+		}
+	}
+	if err := k.commit.WriteAt(0, encodeEntries(table), at<<m.clusterBits); err != nil {
+		return err
+	}
+	h := m.header.clone()
+	h.refcountTableOffset, h.refcountTableClusters = uint64(at<<m.clusterBits), uint32(tableClusters)
+	return m.replaceFields(k.commit, h)
+}
+
+// uncountRefcounts counts anew without the refcounts, if they were counted.
+func (k *checker) uncountRefcounts() error {
+	m := k.image
+	if k.brokenTable != "refcount blocks are missing" {
+		return nil
+	}
+	fresh := checker{ctx: k.ctx, image: m, table: make([]byte, m.clusterBytes)}
+	if err := fresh.countAll(); err != nil {
+		return err
+	}
+	k.counts = fresh.counts
+	return nil
+}
+
+// layOutRebuild returns the numbers of the refcount blocks that are needed, those of a new
+// table and new blocks from cluster at on included, and how long the table is.
+func (k *checker) layOutRebuild(at int64) (blocks []int64, tableClusters int64) {
+	m := k.image
+	var used []int64
+	for number := int64(0); number<<m.blockBits <= k.counts.last; number++ {
+		if k.counts.any(number<<m.blockBits, m.blockEntries()) {
+			used = append(used, number)
+		}
+	}
+	tableClusters = 1
+	for {
+		blocks = append([]int64(nil), used...)
+		for changed := true; changed; {
+			changed = false
+			last := (at + tableClusters + int64(len(blocks)) - 1) >> m.blockBits
+			for number := at >> m.blockBits; number <= last; number++ {
+				if n := len(blocks); n == 0 || blocks[n-1] < number {
+					blocks = append(blocks, number)
+					changed = true
+				}
+			}
+		}
+		need := m.clusters((blocks[len(blocks)-1] + 1) * 8)
+		if need <= tableClusters {
+			return blocks, tableClusters
+		}
+		tableClusters = need
+	}
+}
+
+// encodeBlock returns a refcount block as it is to be.
+func (k *checker) encodeBlock(number int64) []byte {
+	m := k.image
+	order := uint(m.header.refcountOrder)
+	p := make([]byte, m.clusterBytes)
+	for i := range m.blockEntries() {
+		bit := i << order
+		n := min(k.counts.get(number<<m.blockBits+i), m.maxRefcount())
+		if n != 0 {
+			encodeRefcount(p[bit>>3:], uint(bit&7), order, n)
+		}
+	}
+	return p
+}
+
+// finishRepair makes the repair durable, takes back the marks of damage if none is left,
+// and reads the tables anew.
+func (k *checker) finishRepair() error {
+	m := k.image
+	if err := k.commit.Sync(); err != nil {
+		return err
+	}
+	h := m.header.clone()
+	if m.bitmapsBroken != nil {
+		h.autoclear &^= autoclearBitmaps
+	}
+	if k.result.Corruptions == 0 {
+		h.incompatible &^= incompatDirty | incompatCorrupt
+	}
+	if h.autoclear != m.header.autoclear || h.incompatible != m.header.incompatible {
+		if err := m.replaceFields(k.commit, h); err != nil {
+			return err
+		}
+	}
+	return m.reload()
+}
+
+// reload reads all tables anew, after they were changed past the cache.
+func (m *image) reload() error {
+	m.tables.Forget()
+	size, err := m.f.Size()
+	if err != nil {
+		return err
+	}
+	m.fileEnd = m.alignUp(size)
+	m.metadata, m.refTable, m.bitmapsBroken = clusterSet{}, nil, nil
+	return m.readTables(size)
+}
+
+// rebuildRefcounts makes the refcounts right, before the first change of an image that was
+// written to with refcounts left for later, and not closed ("Dirty bit").
+func (m *image) rebuildRefcounts(c *engine.Commit) error {
+	if _, err := m.Check(context.Background(), c, nil); err != nil {
+		return err
+	}
+	return m.loadRefTable()
+}
