@@ -149,8 +149,11 @@ func (b *box) check(name, format string) {
 	}
 	defer layer.Close()
 	result, err := engine.Check(b.t.Context(), layer, false, func(int64, int64) {})
-	if err != nil || len(result.Problems) > 0 {
+	if err != nil || result.Corruptions > 0 {
 		b.t.Errorf("check %s: %+v, %v", name, result.Problems, err)
+	}
+	if result.Leaks > 0 { // VirtualBox may lose space, too
+		b.t.Logf("check %s: %+v", name, result.Problems)
 	}
 }
 
