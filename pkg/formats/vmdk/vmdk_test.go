@@ -54,4 +54,23 @@ func factories() []formattest.Factory {
 
 func TestConformance(t *testing.T) { formattest.Run(t, factories()...) }
 
+// Images of several small files: growing adds some, shrinking removes some.
+func TestConformance_Split(t *testing.T) {
+	for sectors, f := range map[int64]formattest.Factory{
+		64: {
+			Name: "split-sparse", Format: vmdk.Format{}, QEMU: "vmdk", CanShrink: true, CanRebase: true,
+			Create:  formats.CreateRequest{Subformat: "twoGbMaxExtentSparse", ClusterBytes: 4 << 10},
+			Overlay: &formats.CreateRequest{Subformat: "twoGbMaxExtentSparse", ClusterBytes: 8 << 10},
+		},
+		300: {
+			Name: "split-flat", Format: vmdk.Format{}, QEMU: "vmdk", CanShrink: true, SizeBytes: 320<<10 + 5*512,
+			Create: formats.CreateRequest{Subformat: "twoGbMaxExtentFlat"},
+		},
+	} {
+		restore := vmdk.SetSplit(sectors)
+		formattest.Run(t, f)
+		restore()
+	}
+}
+
 func TestKillProcess(t *testing.T) { formattest.KillProcess(t, factories()[0]) }
