@@ -15,9 +15,11 @@ func newCommitCommand() *cobra.Command {
 		Use:   "commit FILE",
 		Short: "Write what an overlay holds into the image it stands on",
 		Long: `Writes what an overlay holds into its parent, which then reads as the overlay does, and
-empties the overlay. The parent is durable before anything of the overlay goes, so this can
-be interrupted and repeated. Other overlays on the same parent read differently afterwards:
-formats with links that notice (VMDK, VHDX, VDI, VHD) then refuse them.
+empties the overlay, if its format can (not VDI). The parent is durable before anything of
+the overlay goes, so this can be interrupted and repeated. Other overlays on the same parent
+read differently afterwards: formats with links that notice (VMDK, VHDX, VDI, VHD) then refuse
+them. If the machine crashes right at the start, such a link may have to be made anew, with
+image rebase --unsafe; nothing is lost then.
 
 With --base it is written into an image further down; FILE and what lies between are left as
 they are, and must not be used any more.`,
@@ -25,12 +27,18 @@ they are, and must not be used any more.`,
   csi-imgdisk image commit --drop overlay.vmdk && rm overlay.vmdk`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			into, err := commit(cmd, how, args[0], base, drop)
+			into, emptied, err := commit(cmd, how, args[0], base, drop)
 			if err != nil {
 				return err
 			}
-			result := map[string]any{"filename": args[0], "base": into, "emptied": !drop && base == ""}
-			return emit(cmd, result, func(p *printer) { p.line("%s was written into %s", args[0], into) })
+			result := map[string]any{"filename": args[0], "base": into, "emptied": emptied}
+			return emit(cmd, result, func(p *printer) {
+				what := "left as it is"
+				if emptied {
+					what = "emptied"
+				}
+				p.line("%s was written into %s, and %s", args[0], into, what)
+			})
 		},
 	}
 	how.addRootFlag(cmd)
@@ -42,24 +50,25 @@ they are, and must not be used any more.`,
 	return cmd
 }
 
-// commit returns the path of the image that was written into.
-func commit(cmd *cobra.Command, how access, path, base string, drop bool) (string, error) {
+// commit returns the path of the image that was written into, and whether the overlay holds
+// nothing any more.
+func commit(cmd *cobra.Command, how access, path, base string, drop bool) (into string, emptied bool, err error) {
 	at, err := locate(path, how.root)
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
 	defer at.close()
 	m := formats.Committing{Open: how.options(vfs.ReadWrite), Keep: drop || base != ""}
 	if base != "" {
 		if m.Base, err = (&parentFlags{path: base}).name(at); err != nil {
-			return "", err
+			return "", false, err
 		}
 	}
 	progress, end := startProgress(cmd, "committing", inBytes)
-	into, err := formats.Commit(cmd.Context(), at.fs, at.name, m, progress)
+	done, err := formats.Commit(cmd.Context(), at.fs, at.name, m, progress)
 	end()
 	if err != nil {
-		return "", how.explain(at.explain(err))
+		return "", false, how.explain(at.explain(err))
 	}
-	return at.hostPath(path, into), nil
+	return at.hostPath(path, done.Base), done.Emptied, nil
 }

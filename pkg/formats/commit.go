@@ -22,28 +22,48 @@ type Committing struct {
 	Keep bool
 }
 
-// Commit writes what an overlay holds into the image that it stands on, and returns that
-// image's name. The overlay reads the same at any moment, also after a crash: what was
-// written is durable before the overlay is emptied. Other overlays on the same image do
-// not. A smaller base grows first; of a larger one, the end stays as it is.
-func Commit(ctx context.Context, fs vfs.FS, name string, m Committing, progress Progress) (base string, err error) {
+// Committed says what a Commit did.
+type Committed struct {
+	Base    string // name of the image that was written
+	Emptied bool   // the overlay holds nothing any more
+}
+
+// Commit writes what an overlay holds into the image that it stands on. The overlay reads
+// the same at any moment, also after a crash: what was written is durable before the overlay
+// is emptied. Other overlays on the same image do not. A smaller base grows first; of a
+// larger one, the end stays as it is. An overlay whose format keeps what was allocated once
+// (VDI) is left as it is.
+//
+// Where links note the parent's identity, a crash just before the first write can leave an
+// overlay that does not know its parent again: nothing is lost, see [Rebasing.Unsafe].
+func Commit(ctx context.Context, fs vfs.FS, name string, m Committing, progress Progress) (done Committed, err error) {
 	upper, err := m.openUpper(ctx, fs, name)
 	if err != nil {
-		return "", err
+		return done, err
 	}
 	defer func() { err = errors.Join(err, upper.disk.Close()) }()
+	done.Base = upper.link.Name
 	lower, err := m.openBase(ctx, fs, upper.link)
 	if err != nil {
-		return "", err
+		return done, err
 	}
 	err = m.writeDown(ctx, fs, upper, lower, progress)
 	if err = errors.Join(err, lower.Close()); err == nil && upper.emptied {
-		err = errors.Join(upper.disk.Empty(), upper.disk.Flush())
+		done.Emptied, err = upper.empty()
 	}
 	if err != nil {
-		return upper.link.Name, fmt.Errorf("commit %s to %s: %w", name, upper.link.Name, err)
+		return done, fmt.Errorf("commit %s to %s: %w", name, done.Base, err)
 	}
-	return upper.link.Name, nil
+	return done, nil
+}
+
+// empty takes everything out of the overlay, if that can be done.
+func (u upperPart) empty() (bool, error) {
+	err := u.disk.Empty()
+	if errors.Is(err, block.ErrUnsupported) {
+		return false, u.disk.Flush()
+	}
+	return err == nil, errors.Join(err, u.disk.Flush())
 }
 
 // upperPart is what is written down: the layers above the base.

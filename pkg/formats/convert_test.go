@@ -156,7 +156,6 @@ func TestConvert_LeavesNothingAfterAFailure(t *testing.T) {
 	src := newSparseDevice(4<<20, 4096, 0)
 	src.data[700], src.readError = true, map[int64]error{700: broken}
 	m := vfs.NewMem()
-	formats.Register(raw.Format{})
 	err := formats.Convert(context.Background(), src, raw.Format{}, formats.CreateRequest{FS: m, Name: "a.raw"}, nil)
 	if !errors.Is(err, broken) {
 		t.Errorf("convert of a broken device: %v", err)
