@@ -13,6 +13,7 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/formattest"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vmdk"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -147,3 +148,6 @@ func checkDamaged(t *testing.T, fsys vfs.FS, mode vfs.Mode) {
 		t.Errorf("%d problems are described", len(result.Problems))
 	}
 }
+
+// FuzzImage damages images of every kind.
+func FuzzImage(f *testing.F) { formattest.Fuzz(f, factories()...) }

@@ -28,7 +28,7 @@ const (
 	seEntryUnmapped    = 0x1000000000000000 // by the guest: it reads as zeroes
 	seEntryZero        = 0x2000000000000000
 	seEntryAllocated   = 0x3000000000000000
-	seMaxGrainsPerRun  = 1 << 18
+	seMaxGrainsPerRun  = 1 << 15
 	seConstFields      = 26
 	seConstFieldsBytes = seConstFields * 8
 )
