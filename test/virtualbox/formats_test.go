@@ -22,10 +22,6 @@ var unread = map[string][]string{
 	"vmdk": {"vmfsSparse", "seSparse"},
 }
 
-// theirMultiple is what sizes of images must be a multiple of that VirtualBox makes: its
-// QCOW writer fails at a part of a cluster.
-var theirMultiple = map[string]int64{"qcow": 64 << 10}
-
 // theirName is what VirtualBox calls a format it can write.
 var theirName = map[string]string{"vdi": "VDI", "vmdk": "VMDK", "vpc": "VHD", "qcow": "QCOW"}
 
@@ -57,6 +53,16 @@ func kinds(subformats []string) []string {
 	return subformats
 }
 
+// writtenBytes is the size of disks that VirtualBox writes: its writer of QCOW fails at a
+// part of a cluster.
+func writtenBytes(t *testing.T, format string) int64 {
+	t.Helper()
+	if format == "qcow" {
+		return diskBytes / mib * mib
+	}
+	return formats.RoundSize(lookup(t, format), diskBytes)
+}
+
 // We read what VirtualBox wrote.
 func TestWeReadTheirs(t *testing.T) {
 	for format, variants := range map[string][]string{
@@ -69,11 +75,7 @@ func TestWeReadTheirs(t *testing.T) {
 			t.Run(format+"/"+variant, func(t *testing.T) {
 				b := newBox(t)
 				name := "theirs." + format
-				size := formats.RoundSize(lookup(t, format), diskBytes)
-				if m := theirMultiple[format]; m > 0 {
-					size = size / m * m
-				}
-				content := b.disk(size)
+				content := b.disk(writtenBytes(t, format))
 				b.theirs(name, theirName[format], variant, content)
 				b.want("they read theirs", b.theyRead(name), content)
 				b.want("we read theirs", b.weRead(name, format), content)
@@ -82,13 +84,14 @@ func TestWeReadTheirs(t *testing.T) {
 	}
 }
 
-// VirtualBox writes to our images and we to its, in turn.
+// VirtualBox writes to our images and we to its, in turn. QCOW2 images it only reads,
+// whoever made them, and VHDX, too.
 func TestBothWrite(t *testing.T) {
-	for _, format := range []string{"vmdk", "vdi", "vpc", "qcow", "qcow2"} {
+	for _, format := range []string{"vmdk", "vdi", "vpc", "qcow"} {
 		t.Run(format, func(t *testing.T) {
 			b := newBox(t)
 			name := "disk." + format
-			size := formats.RoundSize(lookup(t, format), diskBytes)
+			size := writtenBytes(t, format)
 			b.ours(name, format, "", b.disk(size))
 			content := b.disk(size)
 			b.rewrite(name, content)
