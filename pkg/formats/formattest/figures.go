@@ -32,6 +32,9 @@ type Figures struct {
 	OracleChecks   atomic.Int64 // images that qemu-img found sound
 	OracleCompares atomic.Int64 // chains that qemu-img read the same from
 	OracleCrashes  atomic.Int64 // images after crashes that qemu-img looked at
+	ReadTheirs     atomic.Int64 // images made by others that we read the same from
+	ReadByOthers   atomic.Int64 // times that another program read the same from an image of ours
+	Served         atomic.Int64 // operations verified through csi-imgdisk serve
 }
 
 // Report is what WriteFigures writes of one kind.
@@ -147,7 +150,8 @@ func (f *Figures) counts() map[string]int64 {
 		"CrashPoints": &f.CrashPoints, "Crashes": &f.Crashes, "Kills": &f.Kills, "ProcessKills": &f.ProcessKills,
 		"InjectedErrors": &f.InjectedErrors, "HostileImages": &f.HostileImages, "Repairs": &f.Repairs,
 		"FuzzInputs": &f.FuzzInputs, "OracleChecks": &f.OracleChecks, "OracleCompares": &f.OracleCompares,
-		"OracleCrashes": &f.OracleCrashes,
+		"OracleCrashes": &f.OracleCrashes, "ReadTheirs": &f.ReadTheirs, "ReadByOthers": &f.ReadByOthers,
+		"Served": &f.Served,
 	} {
 		if n := figure.Load(); n > 0 {
 			counts[name] = n

@@ -21,3 +21,7 @@ func TestConformance(t *testing.T) {
 func TestKillProcess(t *testing.T) {
 	formattest.KillProcess(t, formattest.Factory{Name: "sparse", Format: raw.Format{}, QEMU: "raw", Headerless: true, CanShrink: true})
 }
+
+func FuzzImage(f *testing.F) {
+	formattest.Fuzz(f, formattest.Factory{Name: "sparse", Format: raw.Format{}, Headerless: true})
+}

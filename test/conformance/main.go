@@ -1,0 +1,4 @@
+// Command conformance
+package main
+
+func main() {}
