@@ -74,7 +74,8 @@ func FuzzHeader(f *testing.F) {
 			if h.validate(uint64(length)) != nil {
 				continue
 			}
-			if h.grainTables() > maxGrainTables || h.gdOffset+h.gdSectors() > uint64(length) || h.descriptorSize > maxDescriptorSectors {
+			if h.grainTables() > maxGrainTables || h.gdOffset+h.gdSectors() > uint64(length) ||
+				h.descriptorOffset != 0 && h.descriptorSize > maxDescriptorSectors {
 				t.Errorf("accepted %+v in a file of %d sectors", h, length)
 			}
 		}
