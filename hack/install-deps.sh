@@ -31,6 +31,7 @@ oracles=(
   fio:fio
   7z:p7zip-full
   vmdkinfo:libvmdk-utils
+  qcowmount:libqcow-utils
   xz:xz-utils
   unshare:util-linux
   fuser:psmisc

@@ -2,10 +2,11 @@ package qcow
 
 import (
 	"bytes"
-	"compress/flate"
 	"fmt"
 	"io"
 	"sync"
+
+	"github.com/klauspost/compress/flate"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
@@ -68,7 +69,7 @@ type deflater struct {
 
 var deflaters = sync.Pool{New: func() any {
 	d := new(deflater)
-	d.flate, _ = flate.NewWriter(&d.out, flate.DefaultCompression) // the level is a valid one
+	d.flate, _ = flate.NewWriterWindow(&d.out, windowBytes) // the size is a valid one
 	return d
 }}
 
@@ -89,26 +90,13 @@ func (m *image) Compress(_ int64, p []byte) ([]byte, error) {
 	return bytes.Clone(d.out.Bytes()), nil
 }
 
-// deflate compresses p window by window, each by itself, so that nothing refers further
-// back: the deflater's own window is greater.
 func (d *deflater) deflate(p []byte) error {
 	d.out.Reset()
-	for len(p) > 0 {
-		n := min(len(p), windowBytes)
-		d.flate.Reset(&d.out)
-		if _, err := d.flate.Write(p[:n]); err != nil {
-			return err
-		}
-		p = p[n:]
-		end := d.flate.Flush
-		if len(p) == 0 {
-			end = d.flate.Close
-		}
-		if err := end(); err != nil {
-			return err
-		}
+	d.flate.Reset(&d.out)
+	if _, err := d.flate.Write(p); err != nil {
+		return err
 	}
-	return nil
+	return d.flate.Close()
 }
 
 // AllocateCompressed reserves n bytes, fewer than a cluster: compressed clusters lie side by
