@@ -73,4 +73,10 @@ func TestConformance_Split(t *testing.T) {
 	}
 }
 
-func TestKillProcess(t *testing.T) { formattest.KillProcess(t, factories()[0]) }
+func TestKillProcess(t *testing.T) {
+	for _, f := range factories() {
+		if f.Name == "sparse" || f.Name == "cowd" || f.Name == "split" {
+			t.Run(f.Name, func(t *testing.T) { formattest.KillProcess(t, f) })
+		}
+	}
+}
