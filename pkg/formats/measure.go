@@ -23,6 +23,7 @@ func Measure(ctx context.Context, to Format, req CreateRequest, src block.Device
 		req.SizeBytes = src.Info().SizeBytes
 	}
 	req.SizeBytes = RoundSize(to, req.SizeBytes)
+	req.Name = cmp.Or(req.Name, "image") // it is not made, but its length may count
 	cluster := cmp.Or(req.ClusterBytes, to.Options().DefaultClusterBytes, sparseUnitBytes)
 	var data int64
 	if src != nil {

@@ -54,7 +54,7 @@ func (c *codec) Begin(*engine.Commit) error  { return nil }
 func (c *codec) Commit(*engine.Commit) error { return nil }
 func (c *codec) Finish(*engine.Commit) error { return nil }
 
-// SetParent refuses: a raw image stands on nothing.
+// SetParent refuses: nothing in the file could say what it stands on.
 func (c *codec) SetParent(*engine.Commit, *engine.Parent) error {
 	return fmt.Errorf("raw: parent of %s: %w: a raw image stands on nothing", c.file.Name(), block.ErrUnsupported)
 }
@@ -62,7 +62,7 @@ func (c *codec) SetParent(*engine.Commit, *engine.Parent) error {
 // Resize is one change of the file's length. Until it is durable, a crash leaves the old
 // one, the new one, or on some file systems one between.
 func (c *codec) Resize(commit *engine.Commit, size int64) error {
-	if size < 0 || size > maxSizeBytes || size%sectorBytes != 0 {
+	if size <= 0 || size > maxSizeBytes || size%sectorBytes != 0 {
 		return fmt.Errorf("raw: resize %s from %d to %d bytes: %w: want a multiple of %d, at most %d",
 			c.file.Name(), c.sizeBytes, size, block.ErrInvalid, sectorBytes, int64(maxSizeBytes))
 	}

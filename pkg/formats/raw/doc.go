@@ -6,7 +6,7 @@
 //
 // # What is supported
 //
-// Everything: reading, writing, holes (zeroing and discard punch them), growing. A raw
+// Everything: reading, writing, holes (zeroing and discard punch them), another size. A raw
 // image can stand below overlays of other formats; it cannot stand on a parent itself.
 // A file of any length opens with its true length; what is created is a multiple of 512
 // bytes, because no guest can address less.
@@ -18,7 +18,7 @@
 // # Why crashes are harmless
 //
 // There are no tables, so nothing can contradict anything. A crash while an image is
-// created or grown can leave a shorter file than wanted, as far as the file system allows
+// created or resized can leave a file of another length, as far as the file system allows
 // that: whoever creates an image records its name after Create has returned, and whoever
 // grows one grows it again.
 package raw

@@ -37,12 +37,16 @@ func (Format) Options() formats.Options {
 	}
 }
 
-// Measure returns the guest size if it is reserved, else how much of it holds data.
-func (Format) Measure(req formats.CreateRequest, dataBytes int64) (int64, error) {
-	if req.Preallocation == formats.PreallocateFalloc || req.Preallocation == formats.PreallocateFull {
-		return req.SizeBytes, nil
+// Measure returns the guest size: a raw image is that long, whatever holds data. How much of
+// it are holes is up to the file system.
+func (Format) Measure(req formats.CreateRequest, _ int64) (int64, error) {
+	if req.Name == "" {
+		req.Name = "measured" // it is not created
 	}
-	return dataBytes, nil
+	if err := checkRequest(req); err != nil {
+		return 0, fmt.Errorf("raw: measure: %w", err)
+	}
+	return req.SizeBytes, nil
 }
 
 // Open opens a file as it is.

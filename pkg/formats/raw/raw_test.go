@@ -162,6 +162,67 @@ func TestCreate_Cancelled(t *testing.T) {
 	}
 }
 
+func TestMeasure(t *testing.T) {
+	for _, data := range []int64{0, 4096, 1 << 20} {
+		req := formats.CreateRequest{SizeBytes: 1 << 20}
+		if n, err := (raw.Format{}).Measure(req, data); err != nil || n != 1<<20 {
+			t.Errorf("with %d bytes of data: %d, %v, want %d", data, n, err, 1<<20)
+		}
+	}
+	if _, err := (raw.Format{}).Measure(formats.CreateRequest{SizeBytes: 7}, 0); !errors.Is(err, block.ErrInvalid) {
+		t.Errorf("of 7 bytes: %v, want %v", err, block.ErrInvalid)
+	}
+}
+
+func TestShrink(t *testing.T) {
+	mem := vfs.NewMem()
+	req := formats.CreateRequest{FS: mem, Name: "disk", SizeBytes: 1 << 20}
+	if err := (raw.Format{}).Create(context.Background(), req); err != nil {
+		t.Fatal(err)
+	}
+	img := open(t, mem, "disk", vfs.ReadWrite)
+	want := bytes.Repeat([]byte{'a'}, 1<<20)
+	if _, err := img.WriteAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range []int64{1<<20 + 512, 0, 1000} {
+		if err := img.Shrink(size); !errors.Is(err, block.ErrInvalid) {
+			t.Errorf("shrink to %d bytes: %v, want %v", size, err, block.ErrInvalid)
+		}
+	}
+	if err := img.Shrink(4096 + 512); err != nil || img.Info().SizeBytes != 4608 {
+		t.Fatalf("shrink: %v, now %d bytes", err, img.Info().SizeBytes)
+	}
+	if info, err := mem.Stat("disk"); err != nil || info.Size() != 4608 {
+		t.Errorf("the file: %v, %v", info.Size(), err)
+	}
+	if err := img.Resize(1 << 20); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 1<<20)
+	clear(want[4608:])
+	if _, err := img.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("what was cut off is there again: %v", err)
+	}
+}
+
+// Nothing in a raw file could say what it stands on.
+func TestSetParent_Refused(t *testing.T) {
+	mem := vfs.NewMem()
+	for _, name := range []string{"disk", "base"} {
+		req := formats.CreateRequest{FS: mem, Name: name, SizeBytes: 1 << 20}
+		if err := (raw.Format{}).Create(context.Background(), req); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, unsafe := range []bool{false, true} {
+		err := formats.Rebase(context.Background(), mem, "disk", formats.Rebasing{Parent: "base", Unsafe: unsafe}, nil)
+		if !errors.Is(err, block.ErrUnsupported) || !strings.Contains(err.Error(), "raw images stand on nothing") {
+			t.Errorf("rebase, unsafe %v: %v, want %v", unsafe, err, block.ErrUnsupported)
+		}
+	}
+}
+
 // A file that somebody has shortened meanwhile is not what it was.
 func TestCheck_Shortened(t *testing.T) {
 	mem := vfs.NewMem()
