@@ -13,6 +13,7 @@
 //	parent.go   changing the backing file
 //	check.go    checking; stored.go is about compressed clusters, bitmap.go what is used
 //	repair.go   repairing
+//	reclaim.go  finding lost space
 //	create.go   making new images, and measuring them
 //
 // # On disk
@@ -48,7 +49,9 @@
 // and syncs before it writes level 1 entries that name new ones. So at any moment each entry on
 // disk is an old one or names what is durable. An old entry is no danger: the cluster it names
 // is used again only after the change that freed it is durable. What a crash leaves is space
-// that nothing refers to.
+// that nothing refers to. Opening an image may find it again, by what the tables say then; a
+// process that was killed may have left them written but not durable. Begin syncs the file
+// before anything is written to what was found.
 //
 // Everything else is switched by the header, which lies in one sector, and no crash tears one:
 // Resize first writes a larger level 1 table, SetParent a longer name, to space that nothing
@@ -65,7 +68,14 @@
 // place, as holes; if the image is encrypted, they keep their contents.
 //
 // Clusters that were freed are used again as long as the image is open. When it is closed
-// before, those at the end of the file go, and others are lost.
+// before, those at the end of the file go, and others are lost. They are found again when the
+// image is opened for writing once a fifth of the file or more, and 64 MiB, must be lost.
+//
+// Entries that lead past the end of the file are found by a check, not by opening the image: of
+// one that was damaged so, and is written to without a repair, the file grows to where they lead.
+//
+// A compressed cluster that is written to becomes a plain one. A file ends where entries of
+// compressed clusters do: at 128 TiB with clusters of 64 KiB, further with smaller ones.
 //
 // A check holds a bitmap of the file, at most 64 MiB, and another one of the same size: a file
 // of 2 TiB with clusters of 4 KiB, or it says so.

@@ -69,6 +69,9 @@ func openFile(req formats.OpenRequest, f vfs.File) (*image, error) {
 	m.layer.Codec, m.layer.Parent, m.tables = m, parent, m.layer.Tables
 	if m.layer.Writable {
 		m.space = engine.NewSpace(f, 0, size, m.clusterBytes(), m.maxFileBytes())
+		if err := m.reclaim(); err != nil {
+			return nil, err
+		}
 	}
 	return m, nil
 }
