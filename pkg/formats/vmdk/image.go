@@ -24,9 +24,8 @@ type image struct {
 
 	createType     string
 	cid, parentCID uint32
-	readOnly       bool // whatever mode it was opened in
-	tracked        bool // changes are tracked (changeTrackPath)
-	ownersJudged   bool // no two grain table entries refer to one grain
+	readOnly       string // why it is not written, whatever mode it was opened in; "" if it is
+	ownersJudged   bool   // no two grain table entries refer to one grain
 	sizeBytes      int64
 	extents        []extent // in guest order, without gaps
 }
@@ -70,7 +69,7 @@ func (m *image) extentAt(off int64) *extent {
 // Geometry describes the image.
 func (m *image) Geometry() engine.Geometry {
 	g := engine.Geometry{
-		SizeBytes: m.sizeBytes, LogicalBlockBytes: sectorBytes, ReadOnly: m.readOnly, ZeroState: true,
+		SizeBytes: m.sizeBytes, LogicalBlockBytes: sectorBytes, ReadOnly: m.readOnly != "", ZeroState: true,
 		Sequential: m.stream() != nil,
 	}
 	for i := range m.extents {

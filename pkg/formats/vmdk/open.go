@@ -230,7 +230,7 @@ var extentKinds = map[string]func(o *opener, f vfs.File, size int64, line *exten
 // that could be written to.
 func (o *opener) addZero(line *extentLine) error {
 	start := o.guestEnd()
-	o.image.readOnly = true
+	o.image.readOnly = "a ZERO extent has no file to write to"
 	o.image.extents = append(o.image.extents, extent{guestOff: start, guestEnd: start + line.sectors*sectorBytes, zero: true, file: -1})
 	return nil
 }
@@ -240,7 +240,7 @@ func (o *opener) checkAccess(line *extentLine) error {
 	case "NOACCESS":
 		return unsupported("its access is NOACCESS, want RW or RDONLY")
 	case "RDONLY":
-		o.image.readOnly = true
+		o.image.readOnly = "an extent's access is RDONLY"
 	}
 	return nil
 }
@@ -338,7 +338,7 @@ func (o *opener) describe(text []byte, types ...string) error {
 		}
 	}
 	if path, ok := d.lookup(keyChangeTrack); ok && path != "" {
-		m.tracked, m.readOnly = true, true // what we write would be missing from the changes tracked there
+		m.readOnly = "what is written would be missing from the changes tracked in " + shorten(path)
 	}
 	return nil
 }
@@ -378,18 +378,21 @@ func (o *opener) finish() (*engine.Layer, error) {
 			continue
 		}
 		s.tables, s.last = layer.Tables, i == len(m.extents)-1
-		if layer.Writable && m.isEmptyStream() {
+		switch {
+		case layer.Writable && m.isEmptyStream():
 			s.stream = newStreamWriter(s)
-			m.readOnly = false
-			continue
+			m.readOnly = ""
+		case s.header.compressed():
+			m.readOnly = "compressed grains are written once"
+		case s.header.flags&^knownFlags != 0:
+			m.readOnly = fmt.Sprintf("what the flags %#x mean is not known", s.header.flags&^knownFlags)
 		}
-		m.readOnly = m.readOnly || s.header.compressed() || s.header.flags&^knownFlags != 0
 	}
 	if m.stream() != nil {
 		layer.Codec = streamImage{m}
 		return layer, nil
 	}
-	if !m.readOnly && layer.Writable {
+	if m.readOnly == "" && layer.Writable {
 		if err := m.makeSpaces(); err != nil {
 			return nil, err
 		}

@@ -365,7 +365,7 @@ func TestOpen_ZeroExtents(t *testing.T) {
 	if e, err := image.Map(5000, 10000); err != nil || e.State != block.Zero || e.Len != 4096+8192-5000 {
 		t.Errorf("Map is %+v, %v", e, err)
 	}
-	if d := image.Layers()[0].Codec.Describe(); len(d.Details) != 4 {
+	if d := image.Layers()[0].Codec.Describe().Details; len(d) != 5 || d[4].Value != "a ZERO extent has no file to write to" {
 		t.Errorf("described as %+v", d)
 	}
 }

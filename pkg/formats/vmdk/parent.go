@@ -38,6 +38,11 @@ func (m *image) parentLink(name string) (*engine.ParentLink, error) {
 // isNilUUID reports whether a UUID is missing or all zeroes.
 func isNilUUID(uuid string) bool { return strings.Trim(uuid, "0-{} ") == "" }
 
+// sameUUID reports whether two UUIDs, or missing ones, are the same.
+func sameUUID(a, b string) bool {
+	return strings.EqualFold(a, b) || isNilUUID(a) && isNilUUID(b)
+}
+
 // verifyParent reports whether parent has the contents that the image was made on.
 func (m *image) verifyParent(parent *engine.Layer) error {
 	p := imageOf(parent.Codec)
@@ -152,7 +157,7 @@ func (m *image) verifyParentUUID(parent *engine.Layer) error {
 	for _, pair := range [][2]string{{keyUUIDParent, keyUUIDImage}, {keyUUIDParentModification, keyUUIDModification}} {
 		want, _ := m.descriptor.lookup(pair[0])
 		have, _ := p.descriptor.lookup(pair[1])
-		if !strings.EqualFold(want, have) && !(isNilUUID(want) && isNilUUID(have)) {
+		if !sameUUID(want, have) {
 			return corrupt("%s of %s is %q, but %s of %s is %q: it is another image, or was written to after its child was made",
 				pair[1], parent.Name, shorten(have), pair[0], m.layer.Name, shorten(want))
 		}
@@ -228,7 +233,7 @@ func (d *descriptor) relinked(l link) ([]edit, error) {
 		edits = append(edits, edit{textRange{after.line.end, after.line.end}, added})
 	}
 	for _, u := range [][2]string{{keyUUIDParent, l.uuid}, {keyUUIDParentModification, l.modification}} {
-		if f := d.field(u[0]); f != nil && !strings.EqualFold(f.value, u[1]) && !(isNilUUID(f.value) && isNilUUID(u[1])) {
+		if f := d.field(u[0]); f != nil && !sameUUID(f.value, u[1]) {
 			edits = append(edits, edit{f.at, u[1]})
 		}
 	}

@@ -134,7 +134,7 @@ func (o *opener) addSESparse(f vfs.File, size int64, line *extentLine) error {
 		f: f, file: len(o.files) - 1, header: h,
 		guestOff: start, guestEnd: start + line.sectors*sectorBytes, fileEnd: size,
 	}
-	o.image.readOnly = true
+	o.image.readOnly = "what writing to an seSparse extent has to keep up is not public"
 	o.image.extents = append(o.image.extents, extent{guestOff: start, guestEnd: s.guestEnd, file: s.file, se: s})
 	return nil
 }

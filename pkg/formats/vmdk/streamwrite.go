@@ -32,10 +32,13 @@ type streamWriter struct {
 // isEmptyStream reports whether the image is a stream without any grain, that its creation
 // or a copy of nothing but zeroes leaves: only such a stream can be written.
 func (m *image) isEmptyStream() bool {
-	if len(m.extents) != 1 || m.extents[0].sparse == nil || m.tracked {
+	if len(m.extents) != 1 || m.extents[0].sparse == nil {
 		return false
 	}
 	s := m.extents[0].sparse
+	if path, _ := m.descriptor.lookup(keyChangeTrack); path != "" {
+		return false
+	}
 	if !s.header.footer || s.header.flags != flagNewlineTest|flagCompressed|flagMarkers || s.header.compressAlgorithm != compressDeflate {
 		return false
 	}
