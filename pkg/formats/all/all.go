@@ -9,6 +9,7 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/qcow2"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/raw"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vdi"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vhd"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vhdx"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vmdk"
 )
@@ -18,5 +19,5 @@ import (
 func Register() { register() }
 
 var register = sync.OnceFunc(func() {
-	formats.Register(vmdk.Format{}, vdi.Format{}, vhdx.Format{}, qcow.Format{}, qcow2.Format{}, raw.Format{})
+	formats.Register(vmdk.Format{}, vdi.Format{}, vhd.Format{}, vhdx.Format{}, qcow.Format{}, qcow2.Format{}, raw.Format{})
 })

@@ -2,6 +2,7 @@ package vdi
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
@@ -29,6 +30,7 @@ type image struct {
 	blockShift uint
 	stride     int64 // from one block to the next in the file: extra bytes, then the block
 	sizeBytes  int64
+	uncertain  error // why nobody knows what the file says: see writeHeader
 
 	fileBytes  int64 // the file's length
 	indexLimit int64 // entries are below it
@@ -185,6 +187,9 @@ func (m *image) appendUnused(unused []engine.Span, was, is uint32) []engine.Span
 
 // Commit writes the count, then the entries that rely on it.
 func (m *image) Commit(c *engine.Commit) error {
+	if m.uncertain != nil {
+		return fmt.Errorf("vdi: %w", m.uncertain)
+	}
 	for _, sector := range c.Sectors() {
 		if sector.Stage != stageCount {
 			continue
@@ -212,15 +217,28 @@ func (m *image) Identity() []byte {
 func (m *image) Close() error { return nil }
 
 // writeHeader replaces the header durably: one sector, which no crash tears. No table may
-// be dirty.
+// be dirty. When that fails, it puts the old one back, because the image is used on: if
+// that fails, too, nobody knows what the file says, and nothing that relies on it is
+// written any more.
 func (m *image) writeHeader(c *engine.Commit, h header) error {
+	if m.uncertain != nil {
+		return m.uncertain
+	}
 	defer m.layer.Tables.Forget()
-	if err := c.WriteAt(0, h[:], 0); err != nil {
+	err := writeSynced(c, h[:])
+	if err == nil {
+		m.h = h
+		return nil
+	}
+	if back := writeSynced(c, m.h[:]); back != nil {
+		m.uncertain = errors.Join(err, back)
+	}
+	return err
+}
+
+func writeSynced(c *engine.Commit, p []byte) error {
+	if err := c.WriteAt(0, p, 0); err != nil {
 		return err
 	}
-	if err := c.Sync(); err != nil {
-		return err
-	}
-	m.h = h
-	return nil
+	return c.Sync()
 }

@@ -19,13 +19,19 @@ const copyBytes = 1 << 20
 // decides.
 func (m *image) Resize(c *engine.Commit, size int64) error {
 	err := m.checkSize(size)
-	if err == nil && size > m.sizeBytes {
+	if err != nil {
+		return fmt.Errorf("vdi: resize %s to %d bytes: %w", m.layer.Name, size, err)
+	}
+	if size > m.sizeBytes {
 		err = m.grow(c, size)
-	} else if err == nil && size < m.sizeBytes {
+	} else if size < m.sizeBytes {
 		err = m.shrink(c, size)
 	}
 	m.layer.Tables.Forget()
 	if err != nil {
+		// Blocks may have been moved, durably or not: only what is behind all of them is
+		// known to be free.
+		m.room = room{next: (m.fileBytes - m.h.dataOffset() + m.stride - 1) / m.stride}
 		return fmt.Errorf("vdi: resize %s from %d to %d bytes: %w", m.layer.Name, m.sizeBytes, size, err)
 	}
 	return nil
