@@ -100,7 +100,7 @@ func fileSystem(dir string) string {
 	if unix.Statfs(dir, &st) != nil {
 		return "unknown"
 	}
-	if name, ok := names[int64(st.Type)]; ok {
+	if name, ok := names[st.Type]; ok {
 		return name
 	}
 	return fmt.Sprintf("%#x", st.Type)

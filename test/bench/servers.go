@@ -96,7 +96,7 @@ func (s *server) stop() error {
 		return fmt.Errorf("%s does not end and was killed", s.name)
 	}
 	status, ok := s.cmd.ProcessState.Sys().(syscall.WaitStatus)
-	if !s.cmd.ProcessState.Success() && !(ok && status.Signal() == syscall.SIGTERM) {
+	if killed := ok && status.Signal() == syscall.SIGTERM; !killed && !s.cmd.ProcessState.Success() {
 		return fmt.Errorf("%s ended with %v: %s", s.name, s.cmd.ProcessState, lastLines(s.stderr.String()))
 	}
 	return nil

@@ -33,7 +33,7 @@ func (in installer) ensure(ctx context.Context, update bool) (string, error) {
 		return dir, nil
 	}
 	if runtime.GOARCH != "amd64" {
-		return "", fmt.Errorf("Debian has it for amd64, not for %s", runtime.GOARCH)
+		return "", fmt.Errorf("it is packaged for amd64, not for %s", runtime.GOARCH)
 	}
 	for _, tool := range []string{"apt-get", "dpkg-deb", "unshare"} {
 		if _, err := exec.LookPath(tool); err != nil {

@@ -188,7 +188,8 @@ func (w *world) cleanUp() {
 		select {
 		case err := <-w.ended:
 			// One that was only just started dies of the signal: it does not listen yet.
-			if status, ok := w.proc.ProcessState.Sys().(syscall.WaitStatus); err != nil && !(ok && status.Signal() == syscall.SIGTERM) {
+			status, ok := w.proc.ProcessState.Sys().(syscall.WaitStatus)
+			if killed := ok && status.Signal() == syscall.SIGTERM; err != nil && !killed {
 				w.t.Errorf("the driver ended: %v", err)
 			}
 		case <-time.After(time.Minute):

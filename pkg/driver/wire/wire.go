@@ -14,7 +14,7 @@ import (
 )
 
 // DefaultFormat is what an empty volume is made as unless asked otherwise.
-const DefaultFormat = "vmdk"
+const DefaultFormat = store.DefaultFormat
 
 // Formats returns what volumes can be made as, from the registered formats; the
 // default first.
