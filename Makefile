@@ -14,7 +14,7 @@ PACKAGES ?= ./...
 RUN      ?= .
 LINTER   := .cache/bin/golangci-lint
 
-.PHONY: help build demo test lint race fuzz bench vm-test oracle-virtualbox generate verify clean go deps
+.PHONY: help build demo test lint race fuzz conformance bench vm-test oracle-virtualbox generate verify clean go deps
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,8 +37,11 @@ lint: go $(LINTER) ## run golangci-lint with .golangci.yml
 race: deps ## run the tests under the race detector (needs a C compiler)
 	CGO_ENABLED=1 go test -race -short -count=1 -timeout 30m -run '$(RUN)' $(PACKAGES)
 
-fuzz: go ## fuzz every parser for FUZZTIME (default 30s) each
+fuzz: go ## fuzz every parser and whole images for FUZZTIME (default 30s) each
 	hack/fuzz.sh
+
+conformance: deps ## prove every format beside other tools; the table goes into docs/formats.md (SHORT=1: a part)
+	go run ./test/conformance $(if $(SHORT),-short)
 
 bench: deps ## measure speed beside qemu-nbd, nbdkit and qemu-img, in one run (BENCH='-seconds 1', see docs/benchmarks)
 	@$(MAKE) --no-print-directory build

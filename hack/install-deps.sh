@@ -30,7 +30,9 @@ oracles=(
   nbdcopy:libnbd-bin
   fio:fio
   7z:p7zip-full
-  vmdkinfo:libvmdk-utils
+  vmdkmount:libvmdk-utils
+  vhdimount:libvhdi-utils
+  qcowmount:libqcow-utils
   qcowmount:libqcow-utils
   xz:xz-utils
   unshare:util-linux

@@ -17,6 +17,7 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/all"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/formattest"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 
@@ -44,6 +45,7 @@ func TestServe_RandomOperations(t *testing.T) {
 			t.Fatalf("%s: %v", operationsVariable, err)
 		}
 	}
+	t.Cleanup(func() { formattest.WriteFigures(t) })
 	for _, format := range formats.All() {
 		subformats := format.Options().Subformats
 		if len(subformats) == 0 {
@@ -70,6 +72,7 @@ func serveRandomly(t *testing.T, format formats.Format, subformat string, count 
 		t.Fatalf("the server ended with %d: %s", code, &server.stderr)
 	}
 	t.Logf("%d operations verified", count)
+	formattest.FiguresOf(formattest.Kind{Format: format.Name(), Subformat: subformat}).Served.Add(int64(count))
 
 	raw := filepath.Join(dir, "ours.raw")
 	ok(t, "image", "convert", "-f", format.Name(), "-O", "raw", image, raw)
