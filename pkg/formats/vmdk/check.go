@@ -149,8 +149,9 @@ func (k *checker) scan() error {
 	return nil
 }
 
-// checkDirectories reports what judgeTables has found. A table that is lost, but not its
-// copy, is made anew from it: the entry is bad, so nothing says where the old one was.
+// checkDirectories reports what judgeTables has found, and tables that one directory names
+// and the other does not. A table that is lost, but not its copy, is made anew from it: no
+// entry says where the old one was.
 func (k *checker) checkDirectories() error {
 	s := k.sparse
 	for ti := range s.gd {
@@ -160,15 +161,23 @@ func (k *checker) checkDirectories() error {
 			}
 			continue
 		}
-		if s.gd[ti] != badTable && s.rgd[ti] != badTable {
+		gt, rgt := s.gd[ti], s.rgd[ti]
+		if gt != badTable && rgt != badTable && (gt == 0) == (rgt == 0) {
 			continue
 		}
-		fixed := k.repairs() && (s.gd[ti] != badTable && s.gd[ti] != 0 || s.rgd[ti] != badTable && s.rgd[ti] != 0)
-		if s.gd[ti] == badTable {
+		fixed := k.repairs() && (isTable(gt) || isTable(rgt))
+		if gt == badTable {
 			k.reportTable("", ti, fixed)
 		}
-		if s.rgd[ti] == badTable {
+		if rgt == badTable {
 			k.reportTable("redundant ", ti, fixed)
+		}
+		if gt == 0 || rgt == 0 {
+			missing, err := k.checkMissing(int64(ti), fixed)
+			if err != nil {
+				return err
+			}
+			fixed = fixed && missing
 		}
 		if !fixed {
 			continue
@@ -178,6 +187,34 @@ func (k *checker) checkDirectories() error {
 		}
 	}
 	return nil
+}
+
+// isTable reports whether a directory entry names a table that can be read.
+func isTable(gt uint32) bool { return gt != 0 && gt != badTable }
+
+// checkMissing reports a table that one directory has and the other has not, and returns
+// whether it is worth making: a crash while it was made, before anything in it was
+// flushed, leaves the same as the loss of an entry.
+func (k *checker) checkMissing(ti int64, fixed bool) (bool, error) {
+	s := k.sparse
+	there, which := s.gd[ti], "redundant "
+	if !isTable(there) {
+		there, which = s.rgd[ti], ""
+	}
+	if !isTable(there) {
+		return false, nil
+	}
+	if err := s.tables.Read(s.file, int64(there)*sectorBytes, k.table); err != nil {
+		return false, err
+	}
+	if isZero(k.table) {
+		return false, nil
+	}
+	report(k.result, engine.Problem{
+		Fixed: fixed,
+		Text:  fmt.Sprintf("%sgrain directory entry %d of %s is 0, but its copy names a table with grains", which, ti, s.f.Name()),
+	})
+	return true, nil
 }
 
 // repairs reports whether the extent is to be repaired, and can be.
@@ -191,12 +228,12 @@ func (k *checker) reportTable(which string, ti int, fixed bool) {
 	})
 }
 
-// replaceTable makes the bad one of a table and its copy anew from the good one: first the
+// replaceTable makes the bad or missing one of a table and its copy anew from the good one: first the
 // table, then the entry that names it.
 func (k *checker) replaceTable(ti int64) error {
 	s := k.sparse
 	good, bad, dirSector := s.gd[ti], &s.rgd[ti], s.header.rgdOffset
-	if good == badTable {
+	if !isTable(good) {
 		good, bad, dirSector = s.rgd[ti], &s.gd[ti], s.header.gdOffset
 	}
 	if err := s.tables.Read(s.file, int64(good)*sectorBytes, k.table); err != nil {

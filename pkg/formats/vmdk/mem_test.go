@@ -211,6 +211,15 @@ func TestCheck(t *testing.T) {
 		"copy's directory entry 0xffffffff": {func(t *testing.T, fsys vfs.FS) {
 			poke32(t, fsys, "a.vmdk", rgdOff, 1<<32-1)
 		}, 0, 0, 1, 0, "redundant grain directory entry 0", true, false, false},
+		"directory entry lost": {func(t *testing.T, fsys vfs.FS) {
+			poke32(t, fsys, "a.vmdk", gdOff, 0)
+		}, 0, 3, 1, 0, "a.vmdk is 0, but its copy names a table with grains", true, false, false},
+		"copy's directory entry lost": {func(t *testing.T, fsys vfs.FS) {
+			poke32(t, fsys, "a.vmdk", rgdOff, 0)
+		}, 0, 0, 1, 0, "redundant grain directory entry 0 of a.vmdk is 0", true, false, false},
+		"empty table lost": {func(t *testing.T, fsys vfs.FS) {
+			poke32(t, fsys, "a.vmdk", gdOff+4, 0)
+		}, 0, 0, 0, 0, "", true, false, false},
 		"copies share their tables": {func(t *testing.T, fsys vfs.FS) {
 			poke32(t, fsys, "a.vmdk", rgdOff, gtOff/512)
 			poke32(t, fsys, "a.vmdk", rgdOff+4, (gtOff+secondTable)/512)
