@@ -171,7 +171,7 @@ func (m *image) Lookup(off, n int64) (engine.Run, error) {
 	run := engine.Run{Len: min(n, m.meta.blockBytes-in)}
 	switch e.state() {
 	case stateFull:
-		run.State, run.FileOff, run.Flat = engine.Data, e.off()+in, m.meta.leaveAllocated
+		run.State, run.FileOff, run.Flat = engine.Data, e.off()+in, m.isFixed()
 	case statePartial:
 		return m.lookupPartial(block, e, in, run)
 	case stateNotPresent:

@@ -217,11 +217,16 @@ func (m *image) prepareBlock(block, off, end int64, to engine.State, shift int64
 		err = unsupported("change %d bytes at %d alone: the block becomes present as a whole", end-off, off)
 	case to == engine.Data:
 		c.new = newEntry(stateFull, start+shift)
-	case to == engine.Zero:
+	case to == engine.Zero, !m.meta.hasParent:
+		// What a block that is not present reads as is up to the reader; what the engine
+		// sets to be absent in a base has to read as zeroes.
 		c.new = newEntry(stateZero, 0)
 	}
 	if err != nil {
 		return c, err
+	}
+	if c.new.state() == stateZero && c.old.state() == stateNotPresent && to == engine.Absent {
+		c.new = c.old // it has never been anything else
 	}
 	return c, m.tables.Prepare(0, m.entryAt(m.payloadIndex(block)), batEntryBytes)
 }

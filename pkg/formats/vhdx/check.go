@@ -80,6 +80,9 @@ func (k *checker) corrupt(err error) error {
 // checkLog replays a log that is not empty. Not to be closed is no damage: what is in the
 // log is read as if it were in place.
 func (k *checker) checkLog() error {
+	if k.m.torn {
+		k.report(engine.Problem{Fixed: k.repairs(), Text: "the headers say that the log is in use, but no entry in it is intact"})
+	}
 	r := k.m.file.pending.Load()
 	if r == nil {
 		return nil

@@ -76,18 +76,40 @@ func (m *image) settle(c *engine.Commit) error {
 	return nil
 }
 
-// takeLog writes headers with a new log GUID: whatever is in the log, which has been
-// applied, is void.
+// takeLog gives the image a log that holds nothing but what is written from now on: what
+// is in it has been applied. First it is void; then it gets an entry, which changes nothing,
+// and then the headers name the GUID of that.
 func (m *image) takeLog(c *engine.Commit, h header) error {
+	if m.header.log != (guid{}) {
+		if err := m.emptyLog(c); err != nil {
+			return err
+		}
+	}
+	if err := m.syncLength(); err != nil {
+		return err
+	}
 	h.log, h.logVersion = newGUID(), 0
-	size, err := m.file.Size()
-	if err != nil {
-		return fmt.Errorf("size of %s: %w", m.file.Name(), err)
+	if err := m.writeEntryFor(c, &h, nil); err != nil {
+		return err
 	}
 	if err := m.writeHeaders(c, h); err != nil {
 		return err
 	}
-	m.logIsOurs, m.durableEnd = true, size
+	m.logIsOurs = true
+	return nil
+}
+
+// writeEntryFor writes a log entry, durably, behind which the one before stays.
+func (m *image) writeEntryFor(c *engine.Commit, h *header, pages []page) error {
+	m.sequence++
+	at := slotAt(int64(h.logLength), m.slot)
+	m.slot = (m.slot + 1) % slots
+	if err := c.WriteAt(0, encodeEntry(pages, at, h.log, m.sequence, m.durableEnd), int64(h.logOffset)+at); err != nil {
+		return fmt.Errorf("write the log: %w", err)
+	}
+	if err := c.Sync(); err != nil {
+		return fmt.Errorf("write the log: %w", err)
+	}
 	return nil
 }
 
@@ -217,22 +239,16 @@ func (m *image) syncLength() error {
 // log entry, else in order, as many at a time as do. The engine, or the next call, syncs
 // them in place.
 //
-// An entry always starts the log, so that it is its own tail: everything before it has
-// been applied. That also keeps it readable for programs that would take an older entry
-// behind it for its successor.
+// Every entry is its own tail: what came before it has been applied.
 func (m *image) writeLogged(c *engine.Commit, pages []page) error {
 	for len(pages) > 0 {
 		n := min(int64(len(pages)), entryPages(int64(m.header.logLength)))
-		// The entry in the log may be overwritten when what it says is in place.
+		// The entry in the log may be void when what it says is in place.
 		if err := c.Sync(); err != nil {
 			return err
 		}
-		m.sequence++
-		if err := c.WriteAt(0, encodeEntry(pages[:n], m.header.log, m.sequence, m.durableEnd), int64(m.header.logOffset)); err != nil {
-			return fmt.Errorf("write the log: %w", err)
-		}
-		if err := c.Sync(); err != nil {
-			return fmt.Errorf("write the log: %w", err)
+		if err := m.writeEntryFor(c, &m.header, pages[:n]); err != nil {
+			return err
 		}
 		if err := writePages(c, pages[:n]); err != nil {
 			return err

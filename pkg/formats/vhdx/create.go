@@ -142,10 +142,13 @@ func (c *creation) checkExtra() error {
 			if !isSectorSize(n) {
 				return invalid("%s %d, want 512 or 4096", name, n)
 			}
-			if name == optionLogicalSector {
-				c.meta.logicalSector = n
-			} else {
+			switch {
+			case name == optionPhysicalSector:
 				c.meta.physicalSector = n
+			case c.Parent != nil && n != c.meta.logicalSector:
+				return invalid("%s %d, want %d as the parent has", name, n, c.meta.logicalSector)
+			default:
+				c.meta.logicalSector = n
 			}
 		default:
 			return invalid("option %q, want one of %s, %s, %s", name, optionLogSize, optionLogicalSector, optionPhysicalSector)

@@ -33,7 +33,7 @@ func (m *image) subformat() string {
 	switch {
 	case m.meta.hasParent:
 		return subformatDifferencing
-	case m.meta.leaveAllocated:
+	case m.isFixed():
 		return subformatFixed
 	}
 	return subformatDynamic

@@ -27,7 +27,7 @@
 // the image is first changed, so that an image opened for reading stays as it is.
 //
 // A fixed image's blocks keep their place: what is zeroed or discarded becomes a hole. In
-// others it becomes "zero" or "not present", and its place is used again.
+// others it becomes "zero", and its place is used again.
 //
 // A parent is VHDX, named relative to its child. Absolute paths are of another machine: of
 // those, the last part is looked for beside the child. Whatever the path says, the parent's
@@ -51,16 +51,20 @@
 // others. A block that was unmapped may keep its place: the place is not used for others
 // until the block is written to.
 //
-// A log entry of ours starts at the log's beginning and names itself as tail. QEMU 7.2
-// takes any intact entry that follows the first of a sequence for its successor, so no
-// older entry may lie behind. It also takes a log that is full to the last sector for
-// empty: one sector stays free.
+// Log entries of ours are their own tails, and start at two places of the log in turn: the
+// specification calls a log without any intact entry corrupt, so one must stay while the
+// next is written. There is a gap behind each, because QEMU 7.2 takes any intact entry that
+// follows another at once for its successor. A log of others' without any intact entry is
+// taken for empty: QEMU leaves such.
+//
+// A block that is not present in a base may read as anything. What was zeroed or discarded
+// there is marked as zero.
 //
 // # Why crashes are harmless
 //
 // The engine has data durable before a commit writes tables. A commit writes the 4 KiB
 // sectors that changed into one log entry, syncs, writes them in place, and syncs before
-// the next one overwrites the entry. A crash leaves an entry that is not intact, and tables
+// the next one is written. A crash leaves an entry that is not intact, and tables
 // that were not touched; or one that is, and makes good whatever a crash left of the tables,
 // in our replay as in others'. All changes of a commit become durable together.
 //
@@ -73,8 +77,8 @@
 // An entry says how long the file is, durably: it is synced before where the changes refer
 // to what may be new.
 //
-// The first change writes both headers, one after the other, with new GUIDs, the log's
-// among them: old entries are void, which were applied before. A clean close writes them
+// The first change applies what is in the log, voids that, writes an entry without changes,
+// and then both headers, one after the other, with new GUIDs, the log's among them. A clean close writes them
 // with no log GUID, which is what others open without replay.
 //
 // A resize makes a longer table at another place where nothing refers to it; one log entry

@@ -27,11 +27,13 @@ type image struct {
 	fileEnd int64 // nothing of the image lies past it
 	space   *engine.Space
 	damage  error // why the image cannot be written to: nil if it can
+	torn    bool  // the headers say that there is something in the log, but there is not
 	claims  blockClaims
 
 	// What only Begin, Commit, Resize, SetParent, Finish and Check use, which the
 	// engine calls one at a time.
 	sequence   uint64 // of the last log entry
+	slot       int    // of the log for the next one
 	logIsOurs  bool   // nothing but what this session wrote is in the log
 	durableEnd int64  // the file is at least this long, durably
 }
@@ -44,6 +46,9 @@ func (m *image) adoptShape() {
 	m.sectorShift = uint(bits.TrailingZeros64(uint64(m.meta.logicalSector)))
 	m.chunkRatio = sectorsPerBitmap << m.sectorShift >> m.blockShift
 }
+
+// isFixed reports whether blocks keep their place. With a parent they do not.
+func (m *image) isFixed() bool { return m.meta.leaveAllocated && !m.meta.hasParent }
 
 // Geometry describes the image.
 func (m *image) Geometry() engine.Geometry {

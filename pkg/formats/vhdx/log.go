@@ -194,10 +194,26 @@ func sequenceFrom(entries map[int64]entry, off, length int64) []entry {
 	return s[tail:]
 }
 
-// entryPages returns how many pages an entry can change in a log of length bytes. One
-// sector stays free: QEMU takes a log that is full to the last one for empty.
+// slots are the places of a log at which our entries start. They are used in turn, so that
+// the entry before the one being written stays intact: a log that is in use always holds a
+// valid entry, as the specification wants.
+const slots = 2
+
+// slotBytes returns how long an entry of ours may be in a log of length bytes. One sector
+// stays free behind it: QEMU 7.2 takes an intact entry that follows another at once for its
+// successor, whatever its number, and a log that is full to the last sector for empty.
+func slotBytes(length int64) int64 {
+	return length/slots/logSectorBytes*logSectorBytes - logSectorBytes
+}
+
+// slotAt returns where in a log of length bytes a slot starts.
+func slotAt(length int64, slot int) int64 {
+	return int64(slot) * (slotBytes(length) + logSectorBytes)
+}
+
+// entryPages returns how many pages an entry of ours can change in a log of length bytes.
 func entryPages(length int64) int64 {
-	sectors := length/logSectorBytes - 1
+	sectors := slotBytes(length) / logSectorBytes
 	n := sectors
 	for n > 0 && descriptorSectors(n)+n > sectors {
 		n--
@@ -205,19 +221,20 @@ func entryPages(length int64) int64 {
 	return min(n, maxEntryPages)
 }
 
-// encodeEntry returns a log entry for the beginning of a log, its own tail, that changes
-// pages.
-func encodeEntry(pages []page, log guid, sequence uint64, fileBytes int64) []byte {
+// encodeEntry returns a log entry that changes pages, for offset at of a log: it is its own
+// tail. The file is fileBytes long, durably.
+func encodeEntry(pages []page, at int64, log guid, sequence uint64, fileBytes int64) []byte {
 	le := binary.LittleEndian
 	first := descriptorSectors(int64(len(pages))) * logSectorBytes
 	p := make([]byte, first+int64(len(pages))*logSectorBytes)
 	copy(p, entrySignature)
 	le.PutUint32(p[8:], uint32(len(p)))
+	le.PutUint32(p[12:], uint32(at))
 	le.PutUint64(p[16:], sequence)
 	le.PutUint32(p[24:], uint32(len(pages)))
 	copy(p[32:], log[:])
-	le.PutUint64(p[48:], uint64(fileBytes))
-	le.PutUint64(p[56:], uint64(fileBytes))
+	le.PutUint64(p[48:], uint64(fileBytes/mib*mib))
+	le.PutUint64(p[56:], uint64(alignUp(fileBytes, mib)))
 	for i, page := range pages {
 		d, s := p[entryHeader+i*descriptorBytes:], p[first+int64(i)*logSectorBytes:][:logSectorBytes]
 		copy(d, descSignature)

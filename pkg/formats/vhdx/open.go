@@ -123,6 +123,9 @@ func (m *image) readLog() error {
 	}
 	entries := log.active(h.log)
 	if len(entries) == 0 {
+		// The specification calls that corrupt, but QEMU leaves it when it is stopped
+		// before its first entry is complete. Nothing was changed then.
+		m.torn = true
 		return nil
 	}
 	m.sequence = last(entries).sequence
@@ -130,7 +133,13 @@ func (m *image) readLog() error {
 	if err != nil {
 		return fmt.Errorf("replay the log: %w", err)
 	}
-	m.file.pending.Store(r)
+	isDone, err := r.dropDone(m.file, size)
+	if err != nil {
+		return fmt.Errorf("replay the log: %w", err)
+	}
+	if !isDone {
+		m.file.pending.Store(r)
+	}
 	return nil
 }
 

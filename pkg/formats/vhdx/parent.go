@@ -34,7 +34,7 @@ func (m *image) parentPath() (link, key string) {
 	if path := m.meta.locator[keyRelativePath]; path != "" {
 		return strings.ReplaceAll(path, `\`, "/"), keyRelativePath
 	}
-	for _, key := range []string{keyWin32Path, keyVolumePath} {
+	for _, key := range []string{keyVolumePath, keyWin32Path} {
 		path := strings.ReplaceAll(m.meta.locator[key], `\`, "/")
 		if last := path[strings.LastIndexByte(path, '/')+1:]; last != "" {
 			return last, key
@@ -48,6 +48,9 @@ func (m *image) verifyParent(parent *engine.Layer) error {
 	p, ok := parent.Codec.(*image)
 	if !ok {
 		return unsupported("%s is in format %s, want vhdx", parent.Name, parent.Format)
+	}
+	if p.meta.logicalSector != m.meta.logicalSector {
+		return corrupt("%s has sectors of %d bytes, its child %s of %d", parent.Name, p.meta.logicalSector, m.layer.Name, m.meta.logicalSector)
 	}
 	for _, key := range []string{keyLinkage, keyLinkage2} {
 		if want, ok := parseGUID(m.meta.locator[key]); ok && want == p.header.dataWrite {

@@ -1,8 +1,10 @@
 package vhdx
 
 import (
+	"bytes"
 	"io"
 	"slices"
+	"sort"
 	"sync/atomic"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
@@ -89,6 +91,34 @@ func (r *replay) settleZeroes() {
 	r.zeroes = apart
 }
 
+// dropDone forgets the pages that are as they shall be, and reports whether nothing is left
+// to do: as a rule a log's last entry is in place.
+func (r *replay) dropDone(f vfs.File, fileBytes int64) (bool, error) {
+	p := make([]byte, logSectorBytes)
+	for _, off := range r.offsets() {
+		if err := readPadded(f, p, off); err != nil {
+			return false, err
+		}
+		if bytes.Equal(p, r.pages[off]) && !r.isZeroed(off) {
+			delete(r.pages, off)
+		}
+	}
+	return len(r.pages) == 0 && len(r.zeroes) == 0 && r.size <= fileBytes, nil
+}
+
+// isZeroed reports whether the page at off lies where something is zeroed first.
+func (r *replay) isZeroed(off int64) bool {
+	for _, z := range r.zeroes[r.firstZero(off):] {
+		return z.off < off+logSectorBytes
+	}
+	return false
+}
+
+// firstZero returns the index of the first zeroed stretch that ends behind off.
+func (r *replay) firstZero(off int64) int {
+	return sort.Search(len(r.zeroes), func(i int) bool { return r.zeroes[i].end > off })
+}
+
 // apply writes it all to the file, durably. It can be repeated.
 func (r *replay) apply(c *engine.Commit, fileBytes int64) error {
 	if fileBytes < r.size {
@@ -163,13 +193,7 @@ func (f *replayedFile) ReadAt(p []byte, off int64) (int, error) {
 // show puts what the log says over bytes of the file.
 func (r *replay) show(p []byte, off int64) {
 	end := off + int64(len(p))
-	first, _ := slices.BinarySearchFunc(r.zeroes, off, func(z span, off int64) int {
-		if z.end <= off {
-			return -1
-		}
-		return 1
-	})
-	for _, z := range r.zeroes[first:] {
+	for _, z := range r.zeroes[r.firstZero(off):] {
 		if z.off >= end {
 			break
 		}

@@ -224,7 +224,7 @@ func (m *image) addBlocks(c *engine.Commit, bat, size int64) error {
 			return err
 		}
 	}
-	if m.meta.leaveAllocated {
+	if m.isFixed() {
 		return m.addFixedBlocks(c, bat, first, end)
 	}
 	return nil

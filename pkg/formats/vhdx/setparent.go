@@ -80,6 +80,9 @@ func (m *image) addLocator(c *engine.Commit, changed *metadata, parent *engine.P
 	if changed.locator, err = locatorFor(m.layer.Name, parent); err != nil {
 		return err
 	}
+	if sector := parent.Layer.Codec.(*image).meta.logicalSector; sector != m.meta.logicalSector { // locatorFor has looked
+		return unsupported("%s has sectors of %d bytes, want %d", parent.Name, sector, m.meta.logicalSector)
+	}
 	p, err := encodeLocator(changed.locator)
 	if err != nil {
 		return err
