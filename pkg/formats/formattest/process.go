@@ -100,7 +100,7 @@ func killProcesses(t *testing.T, f Factory, journals string) {
 		t.Fatal(err)
 	}
 	p.finish(t)
-	p.rig.checkWithQEMU(t, p.m.live.bytes, p.leaky)
+	p.rig.checkLeftWithQEMU(t, p.m.live.bytes)
 }
 
 // afterProcessKill looks at what the child left, and takes it as what is there.
