@@ -40,6 +40,7 @@ func (Format) Options() formats.Options {
 		parents = append(parents, formatName)
 	}
 	return formats.Options{
+		OverlaySubformats:   []string{""},
 		ParentFormats:       parents,
 		MinClusterBytes:     minNewClusterBytes,
 		MaxClusterBytes:     maxNewClusterBytes,
