@@ -5,7 +5,7 @@
 //	open.go     from a file to an image, and what is refused
 //	header.go   the first 48 bytes
 //	image.go    the engine's Codec: what is not in the files below
-//	mapping.go  both levels of tables: who holds a guest byte
+//	mapping.go  both levels of tables: who holds a guest byte; sort.go puts tables in order
 //	change.go   changing level 2 tables, and adding missing ones
 //	compress.go compressed clusters
 //	scraps.go   free space in pieces smaller than a cluster

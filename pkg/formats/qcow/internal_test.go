@@ -95,6 +95,23 @@ func TestScraps(t *testing.T) {
 	}
 }
 
+func TestSorted(t *testing.T) {
+	r := testenv.Rand(t)
+	for _, count := range []int{0, 1, 100, 20000, 100000} {
+		for _, most := range []int64{1, 100, 1 << 30, 1 << 54} {
+			p := make([]int64, count)
+			for i := range p {
+				p[i] = r.Int64N(most) << 9
+			}
+			want := slices.Clone(p)
+			slices.Sort(want)
+			if !slices.Equal(sorted(p), want) {
+				t.Errorf("%d offsets up to %d sectors are not in order", count, most)
+			}
+		}
+	}
+}
+
 func TestBitmap_EachClear(t *testing.T) {
 	r := testenv.Rand(t)
 	for range 300 {

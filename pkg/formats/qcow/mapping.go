@@ -28,7 +28,7 @@ const (
 // across sectors, or overlap other tables or the header, and notes where metadata is. The
 // image still opens: what the other tables hold is good, and a check can say more.
 func (m *image) judgeTables() {
-	m.l2s = m.l2s[:0]
+	m.l2s = make([]int64, 0, len(m.l1))
 	for i, at := range m.l1 {
 		if at == 0 {
 			continue
@@ -39,7 +39,7 @@ func (m *image) judgeTables() {
 		}
 		m.l2s = append(m.l2s, int64(at))
 	}
-	slices.Sort(m.l2s)
+	m.l2s = sorted(m.l2s)
 	m.noteFixed()
 	bad := m.overlappingTables()
 	if len(bad) == 0 {

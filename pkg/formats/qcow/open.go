@@ -126,13 +126,16 @@ func (m *image) readParent(name string) (*engine.ParentLink, error) {
 
 // readL1 reads the level 1 table, whose place and length validate has bounded.
 func (m *image) readL1() error {
-	raw := make([]byte, m.header.l1Entries()*entryBytes)
-	if err := readFull(m.f, raw, int64(m.header.l1TableOffset)); err != nil {
-		return fmt.Errorf("read the level 1 table: %w", err)
-	}
-	m.l1 = make([]uint64, len(raw)/entryBytes)
-	for i := range m.l1 {
-		m.l1[i] = binary.BigEndian.Uint64(raw[i*entryBytes:])
+	m.l1 = make([]uint64, 0, m.header.l1Entries())
+	p := make([]byte, min(chunkBytes, cap(m.l1)*entryBytes))
+	for off := int64(m.header.l1TableOffset); len(m.l1) < cap(m.l1); off += int64(len(p)) {
+		p = p[:min(len(p), (cap(m.l1)-len(m.l1))*entryBytes)]
+		if err := readFull(m.f, p, off); err != nil {
+			return fmt.Errorf("read the level 1 table: %w", err)
+		}
+		for entry := p; len(entry) > 0; entry = entry[entryBytes:] {
+			m.l1 = append(m.l1, binary.BigEndian.Uint64(entry))
+		}
 	}
 	m.judgeTables()
 	return nil
