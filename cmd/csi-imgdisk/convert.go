@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -136,6 +137,9 @@ func (c *conversionPlan) make(cmd *cobra.Command, src *openedImage, at *location
 	}
 	if err == nil {
 		err = staging.Publish(at.name)
+	}
+	if errors.Is(err, context.Canceled) {
+		err = fmt.Errorf("interrupted: nothing is left of %s", c.target)
 	}
 	return errors.Join(err, staging.Discard())
 }
