@@ -157,28 +157,40 @@ func (b *box) needParentsByUUID(child string) {
 	}
 }
 
-// VirtualBox reads our children, if they name their parents in its way, by UUID.
+// VirtualBox reads our children, of its parents and of ours, if they name them in its way,
+// by UUID.
 func TestTheyReadOurChildren(t *testing.T) {
 	for _, format := range []string{"vdi", "vpc", "vmdk"} {
-		t.Run(format, func(t *testing.T) {
-			overlays := lookup(t, format).Options().OverlaySubformats
-			if len(overlays) == 0 {
-				t.Skip("there are no children of this format")
-			}
-			b := newBox(t)
-			base, child := "base."+format, "child."+format
-			content := b.disk(formats.RoundSize(lookup(t, format), diskBytes))
-			b.theirs(base, theirName[format], "Standard", content) // it has a UUID
-			b.register(base)
-			content = b.oursOn(child, base, format, overlays[0], content)
-			b.want("we read our child", b.weRead(child, format), content)
-			info := b.manage("showmediuminfo", "disk", inBox(child))
-			if parent := field(info, "Parent UUID"); parent == "base" {
-				t.Skip("VirtualBox takes it for a base: it names its parent in another way")
-			}
-			b.want("they read our child", b.theyRead(child), content)
-		})
+		for _, theirParent := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s/theirParent=%v", format, theirParent), func(t *testing.T) {
+				overlays := lookup(t, format).Options().OverlaySubformats
+				if len(overlays) == 0 {
+					t.Skip("there are no children of this format")
+				}
+				b := newBox(t)
+				base, child := "base."+format, "child."+format
+				content := b.disk(formats.RoundSize(lookup(t, format), diskBytes))
+				if theirParent {
+					b.theirs(base, theirName[format], "Standard", content)
+				} else {
+					b.ours(base, format, "", content)
+				}
+				b.register(base)
+				b.checkOurChild(base, child, format, overlays[0], content)
+			})
+		}
 	}
+}
+
+func (b *box) checkOurChild(base, child, format, subformat string, content []byte) {
+	b.t.Helper()
+	content = b.oursOn(child, base, format, subformat, content)
+	b.want("we read our child", b.weRead(child, format), content)
+	info := b.manage("showmediuminfo", "disk", inBox(child))
+	if parent := field(info, "Parent UUID"); parent == "base" {
+		b.t.Skip("VirtualBox takes it for a base: it names its parent in another way")
+	}
+	b.want("they read our child", b.theyRead(child), content)
 }
 
 // field returns a value of what showmediuminfo prints.
