@@ -142,3 +142,50 @@ func TestServe(t *testing.T) {
 		t.Errorf("that a server has ended was seen after %v", took)
 	}
 }
+
+// Every layer of a chain has something of its own, and the base what is left.
+func TestChain(t *testing.T) {
+	testenv.Oracle(t, "qemu-io")
+	all.Register()
+	for _, format := range chainFormats {
+		t.Run(format, func(t *testing.T) {
+			b := &bench{config: config{sizeMiB: 64}, dir: t.TempDir()}
+			base := "base." + format
+			if err := b.program(t.Context(), testenv.Oracle(t, "qemu-img"), "create", "-q", "-f", format, base, "64M"); err != nil {
+				t.Fatal(err)
+			}
+			images := imageSet{dir: b.dir, full: base}
+			const layers = 3
+			top, err := images.getChain(t.Context(), b, format, layers)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if again, err := images.getChain(t.Context(), b, format, 1); err != nil || again != base {
+				t.Errorf("a chain of one layer is %s, %v, want %s", again, err, base)
+			}
+			tree, err := vfs.OpenDir(b.dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer tree.Close()
+			img, err := formats.Open(t.Context(), tree, top, formats.OpenOptions{Mode: vfs.ReadOnly})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer img.Close()
+			if n := len(img.Layers()); n != layers {
+				t.Errorf("%d layers, want %d", n, layers)
+			}
+			for chunk, want := range map[int64]byte{0: 0, 1: 0, 2: 1, 4: 2, 6: 0, chunkStride + 4: 2} {
+				p := make([]byte, 1)
+				if _, err := img.ReadAt(p, chunk*chunkBytes); err != nil || p[0] != want {
+					t.Errorf("chunk %d has %d, %v, want %d", chunk, p[0], err, want)
+				}
+			}
+			images.remove()
+			if left, err := filepath.Glob(filepath.Join(b.dir, "layer-*")); err != nil || len(left) > 0 {
+				t.Errorf("left: %v, %v", left, err)
+			}
+		})
+	}
+}
