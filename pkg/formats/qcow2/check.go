@@ -32,7 +32,8 @@ type checker struct {
 	result   engine.CheckResult
 
 	counts      counts
-	brokenTable string // why the refcounts' structure cannot be used; "" if it can
+	broken      bool // the refcounts' structure cannot be used
+	counted     bool // it was counted, too
 	done, total int64
 	lastHost    int64 // of the guest cluster before, to count fragments
 	table       []byte
@@ -287,23 +288,21 @@ func (k *checker) countHost(who string, cluster int64, e entry) (host int64, ok 
 func (k *checker) judgeRefcounts() error {
 	m := k.image
 	table := int64(m.header.refcountTableOffset) >> m.clusterBits
-	for c := table; c < table+int64(m.header.refcountTableClusters); c++ {
-		if k.counts.get(c) != 0 {
-			k.brokenTable = fmt.Sprintf("the refcount table at %#x overlaps something else", m.header.refcountTableOffset)
-		}
+	if k.counts.any(table, int64(m.header.refcountTableClusters)) {
+		k.brokenStructure("the refcount table at %#x overlaps something else", m.header.refcountTableOffset)
 	}
 	for i, e := range m.refTable {
 		switch {
 		case e == badTable:
-			k.brokenTable = fmt.Sprintf("refcount table entry %d: its block lies outside the file or overlaps something else", i)
+			k.brokenStructure("refcount table entry %d: its block lies outside the file or overlaps something else", i)
 		case e != 0 && k.counts.get(int64(e)>>m.clusterBits) != 0:
-			k.brokenTable = fmt.Sprintf("the refcount block of entry %d at %#x overlaps something else", i, e)
+			k.brokenStructure("the refcount block of entry %d at %#x overlaps something else", i, e)
 		}
 	}
-	if k.brokenTable != "" {
-		k.corruption(k.commit != nil, "%s", k.brokenTable)
+	if k.broken {
 		return nil
 	}
+	k.counted = true
 	if err := k.count(table<<m.clusterBits, int64(m.header.refcountTableClusters)<<m.clusterBits); err != nil {
 		return err
 	}
@@ -318,20 +317,22 @@ func (k *checker) judgeRefcounts() error {
 	return nil
 }
 
+// brokenStructure notes that a repair has to make new refcounts.
+func (k *checker) brokenStructure(format string, args ...any) {
+	k.corruption(k.commit != nil, format, args...)
+	k.broken = true
+}
+
 // checkRefcounts compares refcounts with what was counted, block by block.
 func (k *checker) checkRefcounts() error {
 	m := k.image
-	if k.brokenTable != "" {
-		if k.commit == nil {
-			return nil
-		}
-		return k.rebuild()
+	if k.broken {
+		return k.repairStructure()
 	}
 	for number := int64(0); number < int64(len(m.refTable)) || number<<m.blockBits <= k.counts.last; number++ {
 		if number >= int64(len(m.refTable)) || m.refTable[number] == 0 {
 			if k.counts.any(number<<m.blockBits, m.blockEntries()) {
-				k.corruption(k.commit != nil, "clusters from %#x on are in use, but have no refcounts", number<<m.blockBits<<m.clusterBits)
-				k.brokenTable = "refcount blocks are missing"
+				k.brokenStructure("clusters from %#x on are in use, but have no refcounts", number<<m.blockBits<<m.clusterBits)
 			}
 			continue
 		}
@@ -339,10 +340,15 @@ func (k *checker) checkRefcounts() error {
 			return err
 		}
 	}
-	if k.brokenTable != "" && k.commit != nil {
-		return k.rebuild()
+	return k.repairStructure()
+}
+
+// repairStructure makes new refcounts if the old ones cannot be used, and if it may.
+func (k *checker) repairStructure() error {
+	if !k.broken || k.commit == nil {
+		return nil
 	}
-	return nil
+	return k.rebuild()
 }
 
 // checkBlock compares the refcounts of a block, and replaces those that are wrong.

@@ -7,6 +7,9 @@ type counts struct {
 	pages map[int64]*[countPage]uint8
 	over  map[int64]uint64 // of clusters with more than a page can say
 	last  int64            // the highest cluster with references
+
+	recent   *[countPage]uint8 // the page used last
+	recentAt int64
 }
 
 const (
@@ -18,7 +21,7 @@ const (
 
 // add counts n references to a cluster.
 func (k *counts) add(cluster int64, n uint64) error {
-	p := k.pages[cluster>>countPageBits]
+	p := k.page(cluster)
 	if p == nil {
 		if len(k.pages) == maxCountPages {
 			return unsupported("the image's clusters are spread over more than %d ranges of %d: a check would take too much memory", maxCountPages, countPage)
@@ -31,7 +34,10 @@ func (k *counts) add(cluster int64, n uint64) error {
 	}
 	k.last = max(k.last, cluster)
 	at := &p[cluster&(countPage-1)]
-	total := k.get(cluster) + n
+	total := uint64(*at) + n
+	if *at == math.MaxUint8 {
+		total = k.over[cluster] + n
+	}
 	if total < math.MaxUint8 {
 		*at = uint8(total)
 		return nil
@@ -41,9 +47,16 @@ func (k *counts) add(cluster int64, n uint64) error {
 	return nil
 }
 
+func (k *counts) page(cluster int64) *[countPage]uint8 {
+	if at := cluster >> countPageBits; k.recent == nil || k.recentAt != at {
+		k.recent, k.recentAt = k.pages[at], at
+	}
+	return k.recent
+}
+
 // get returns how many references a cluster has.
 func (k *counts) get(cluster int64) uint64 {
-	p := k.pages[cluster>>countPageBits]
+	p := k.page(cluster)
 	if p == nil {
 		return 0
 	}
@@ -57,7 +70,7 @@ func (k *counts) get(cluster int64) uint64 {
 // any reports whether one of the clusters [first, first+n) has references.
 func (k *counts) any(first, n int64) bool {
 	for c := first; c < first+n; c++ {
-		if k.pages[c>>countPageBits] == nil {
+		if k.page(c) == nil {
 			c |= countPage - 1
 			continue
 		}

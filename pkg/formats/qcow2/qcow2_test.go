@@ -43,6 +43,8 @@ func factories() []formattest.Factory {
 	dataFile.QEMU, rawFile.QEMU = "", ""
 	onRaw := kind("on raw", formats.CreateRequest{}, request(4<<10))
 	onRaw.Base = &formattest.Base{Format: raw.Format{}, QEMU: "raw", SizeBytes: 50 << 10}
+	shared := kind("snapshot", request(1<<10), request(2<<10))
+	shared.Format, shared.SizeBytes = snapshotted{}, 150<<10+512
 	kinds := []formattest.Factory{
 		tiny,
 		kind("v2", request(4<<10, "compat", "0.10"), request(8<<10, "compat", "0.10")),
@@ -53,6 +55,7 @@ func factories() []formattest.Factory {
 		dataFile,
 		rawFile,
 		onRaw,
+		shared,
 	}
 	for i := range kinds[1:] {
 		kinds[1+i].Cost = 4 // what they share is tested by the first

@@ -43,7 +43,7 @@ func (k *checker) rebuild() error {
 // uncountRefcounts counts anew without the refcounts, if they were counted.
 func (k *checker) uncountRefcounts() error {
 	m := k.image
-	if k.brokenTable != "refcount blocks are missing" {
+	if !k.counted {
 		return nil
 	}
 	fresh := checker{ctx: k.ctx, image: m, table: make([]byte, m.clusterBytes)}
