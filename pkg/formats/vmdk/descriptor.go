@@ -12,6 +12,8 @@ const (
 	maxDescriptorBytes = 512 << 10
 	// maxExtents bounds how many files one image can make us open.
 	maxExtents = 1024
+	// maxFields bounds the other lines: real descriptors have some dozens.
+	maxFields = 1024
 
 	noParentCID = 0xffffffff
 )
@@ -138,6 +140,9 @@ func (d *descriptor) parseLine(start, end int) error {
 	if value.end-value.start >= 2 && d.text[value.start] == '"' && d.text[value.end-1] == '"' {
 		value.start++
 		value.end--
+	}
+	if len(d.fields) == maxFields {
+		return corrupt("more than %d lines key=value", maxFields)
 	}
 	d.fields = append(d.fields, field{key: key.of(d.text), value: value.of(d.text), at: value, line: at})
 	return nil

@@ -91,6 +91,7 @@ func TestParseDescriptor_Refuses(t *testing.T) {
 		"name without an end":  {"version=1\nRW 5 SPARSE \"a\n", "no closing quote", block.ErrCorrupt},
 		"offset that is none":  {"version=1\nRW 5 FLAT \"a\" x\n", "want a decimal number of sectors", block.ErrCorrupt},
 		"too many extents":     {"version=1\n" + strings.Repeat("RW 1 FLAT \"a\" 0\n", maxExtents+1), "more than 1024 extents", block.ErrCorrupt},
+		"too many lines":       {"version=1\n" + strings.Repeat("a=b\n", maxFields), "more than 1024 lines", block.ErrCorrupt},
 		"more than fits":       {"version=1\n" + strings.Repeat("#\n", maxDescriptorBytes), "want at most 524288", block.ErrCorrupt},
 		"an extent of nothing": {"version=1\nRW\n", `"" sectors`, block.ErrCorrupt},
 	} {

@@ -57,8 +57,11 @@ func (m *image) verifyParent(parent *engine.Layer) error {
 }
 
 // maxCandidates bounds how many files are looked at for a parent that is known by its UUID
-// only.
-const maxCandidates = 4096
+// only, and maxCandidateBytes how much of each.
+const (
+	maxCandidates     = 4096
+	maxCandidateBytes = 64 << 10
+)
 
 // linkByUUID returns the link to the one image with a UUID that lies beside the image, or
 // in the directory above, where VirtualBox keeps what the images in Snapshots stand on.
@@ -119,7 +122,7 @@ func (m *image) hasUUID(name, uuid string) bool {
 	return strings.EqualFold(found, uuid)
 }
 
-// readDescriptor reads the descriptor that a file is or holds.
+// readDescriptor reads the descriptor that a candidate is or holds.
 func readDescriptor(f vfs.File) ([]byte, error) {
 	size, err := f.Size()
 	if err != nil {
@@ -137,7 +140,7 @@ func readDescriptor(f vfs.File) ([]byte, error) {
 		}
 		off, length = int64(h.descriptorOffset)*sectorBytes, int64(h.descriptorSize)*sectorBytes
 	}
-	if length == 0 || length > maxDescriptorBytes {
+	if length == 0 || length > maxCandidateBytes {
 		return nil, corrupt("a descriptor of %d bytes", length)
 	}
 	text := make([]byte, length)
