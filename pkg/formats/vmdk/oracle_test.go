@@ -430,6 +430,9 @@ func TestOracle_SevenZip(t *testing.T) {
 		"small-grains": {ClusterBytes: 4 << 10},
 		"flat":         {Subformat: "monolithicFlat"},
 		"full":         {Preallocation: formats.PreallocateFull},
+		"split":        {Subformat: "twoGbMaxExtentSparse"},
+		"split-flat":   {Subformat: "twoGbMaxExtentFlat"},
+		"vmfs":         {Subformat: "vmfs"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r, dir := testenv.Rand(t), t.TempDir()

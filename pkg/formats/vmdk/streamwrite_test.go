@@ -2,12 +2,14 @@ package vmdk_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -18,7 +20,7 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 
-// convertToStream makes a streamOptimized a.vmdk of guest bytes in fsys.
+// convertToStream makes an a.vmdk of guest bytes in fsys, a stream unless req says otherwise.
 func convertToStream(t testing.TB, fsys vfs.FS, disk []byte, req formats.CreateRequest) {
 	t.Helper()
 	addFile(t, fsys, "disk.raw", disk)
@@ -27,7 +29,7 @@ func convertToStream(t testing.TB, fsys vfs.FS, disk []byte, req formats.CreateR
 		t.Fatal(err)
 	}
 	defer image.Close()
-	req.FS, req.Name, req.Subformat = fsys, "a.vmdk", "streamOptimized"
+	req.FS, req.Name, req.Subformat = fsys, "a.vmdk", cmp.Or(req.Subformat, "streamOptimized")
 	if err := formats.Convert(context.Background(), image, vmdk.Format{}, req, nil); err != nil {
 		t.Fatal(err)
 	}
@@ -100,36 +102,87 @@ func sparseDisk(r interface{ Uint32() uint32 }, size int) []byte {
 	return p
 }
 
-// libvmdk mounts it, and reads the same bytes.
-func TestOracle_MountStream(t *testing.T) {
+// libvmdk mounts what we write, and reads the same bytes. (It does not know monolithicFlat.)
+func TestOracle_Libvmdk(t *testing.T) {
 	mount := testenv.Oracle(t, "vmdkmount")
 	unmount := testenv.Oracle(t, "umount")
-	if _, err := os.Stat("/dev/fuse"); err != nil {
-		t.Skip("no FUSE here")
+	if _, err := os.Stat("/dev/fuse"); err != nil || os.Geteuid() != 0 {
+		t.Skip("FUSE cannot be used here")
 	}
-	r, dir := testenv.Rand(t), t.TempDir()
-	fsys, err := vfs.OpenDir(dir)
+	for _, subformat := range []string{
+		"streamOptimized", "monolithicSparse", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "vmfs", "vmfsSparse",
+	} {
+		t.Run(subformat, func(t *testing.T) {
+			r, dir := testenv.Rand(t), t.TempDir()
+			fsys, err := vfs.OpenDir(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer fsys.Close()
+			want := sparseDisk(r, 40<<20)
+			convertToStream(t, fsys, want, formats.CreateRequest{Subformat: subformat})
+			point := filepath.Join(dir, "mnt")
+			if err := os.Mkdir(point, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if out, err := exec.Command(mount, filepath.Join(dir, "a.vmdk"), point).CombinedOutput(); err != nil {
+				t.Fatalf("vmdkmount: %v: %s", err, out)
+			}
+			defer func() {
+				if out, err := exec.Command(unmount, point).CombinedOutput(); err != nil {
+					t.Errorf("unmount: %v: %s", err, out)
+				}
+			}()
+			if got, err := os.ReadFile(filepath.Join(point, "vmdk1")); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("libvmdk reads %d other bytes than the %d written, error %v", len(got), len(want), err)
+			}
+		})
+	}
+}
+
+// Tables of a stream are written before the end: memory does not grow with the disk.
+func TestWriteStream_Memory(t *testing.T) {
+	fsys, err := vfs.OpenDir(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer fsys.Close()
-	want := sparseDisk(r, 70<<20)
-	convertToStream(t, fsys, want, formats.CreateRequest{})
-	point := filepath.Join(dir, "mnt")
-	if err := os.Mkdir(point, 0o700); err != nil {
+	const tables, step = 6000, 32 << 20
+	memCreate(t, fsys, formats.CreateRequest{Name: "a.vmdk", SizeBytes: tables * step, Subformat: "streamOptimized"})
+	image, err := formats.Open(context.Background(), fsys, "a.vmdk", formats.OpenOptions{
+		Format: "vmdk", Mode: vfs.ReadWrite, TableCacheBytes: 1 << 20,
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command(mount, filepath.Join(dir, "a.vmdk"), point).CombinedOutput(); err != nil {
-		t.Skipf("vmdkmount: %v: %s", err, out)
-	}
-	defer func() {
-		if out, err := exec.Command(unmount, point).CombinedOutput(); err != nil {
-			t.Errorf("unmount: %v: %s", err, out)
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	for i := range int64(tables) {
+		packed, err := image.Pack(bytes.Repeat([]byte{byte(i) | 1}, 64<<10), i*step)
+		if err == nil {
+			err = image.WritePacked(packed)
 		}
-	}()
-	if got, err := os.ReadFile(filepath.Join(point, "vmdk1")); err != nil || !bytes.Equal(got, want) {
-		t.Errorf("libvmdk reads %d other bytes than the %d written, error %v", len(got), len(want), err)
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	if n := int64(after.HeapAlloc) - int64(before.HeapAlloc); n > 8<<20 {
+		t.Errorf("%d KiB are in use after %d tables", n>>10, tables)
+	}
+	if err := image.Close(); err != nil {
+		t.Fatal(err)
+	}
+	image = memOpen(t, fsys, "a.vmdk", vfs.ReadOnly)
+	for i := int64(0); i < tables; i += 997 {
+		p := make([]byte, 64<<10)
+		if _, err := image.ReadAt(p, i*step); err != nil || p[0] != byte(i)|1 || p[len(p)-1] != p[0] {
+			t.Errorf("grain %d: %x, %v", i, p[0], err)
+		}
+	}
+	checkClean(t, image)
 }
 
 // A stream is what VMware's rules say: markers before everything, grains in ascending
