@@ -106,6 +106,9 @@ func (k *checker) describe(fixed bool) {
 	if have, want := k.counted, k.used.count; have != want {
 		k.report(engine.Problem{Fixed: fixed, Text: fmt.Sprintf("the header counts %d allocated blocks, but the block map has %d", have, want)})
 	}
+	if most := k.image.h.blocks(); k.used.end > most {
+		k.report(engine.Problem{Fixed: fixed && k.outside == 0, Text: fmt.Sprintf("the block map names block %d of the file, but the disk has %d blocks", k.used.end-1, most)})
+	}
 	if k.result.Leaks > 0 {
 		k.report(engine.Problem{Fixed: fixed && k.outside == 0, Text: fmt.Sprintf("nothing refers to %d blocks of the file", k.result.Leaks)})
 	}

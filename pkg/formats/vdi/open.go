@@ -75,12 +75,14 @@ func (m *image) adoptHeader() {
 	m.limitIndex()
 }
 
-// limitIndex bounds what entries can name: blocks that begin in the file. Legal entries
-// are below the number of blocks, but for a moment while an image grows; twice that keeps
-// bitmaps of them small in any case.
+// limitIndex bounds what entries can name: blocks that begin in the file.
 func (m *image) limitIndex() {
-	m.indexLimit = min((max(m.fileBytes-m.h.dataOffset(), 0)+m.stride-1)/m.stride, 2*m.h.blocks()+1024)
+	m.indexLimit = min((max(m.fileBytes-m.h.dataOffset(), 0)+m.stride-1)/m.stride, m.mostBlocks())
 }
+
+// mostBlocks bounds the blocks in the file. Legal indexes are below the number of blocks,
+// but for a moment while an image grows; twice that keeps bitmaps of them small in any case.
+func (m *image) mostBlocks() int64 { return 2*m.h.blocks() + 1024 }
 
 // readFull reads all of p; a file that ends before is truncated.
 func readFull(f vfs.File, p []byte, off int64) error {

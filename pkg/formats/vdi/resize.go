@@ -22,19 +22,37 @@ func (m *image) Resize(c *engine.Commit, size int64) error {
 	if err != nil {
 		return fmt.Errorf("vdi: resize %s to %d bytes: %w", m.layer.Name, size, err)
 	}
-	if size > m.sizeBytes {
+	before, err := m.scan()
+	if err == nil && size > m.sizeBytes {
 		err = m.grow(c, size)
-	} else if size < m.sizeBytes {
+	} else if err == nil && size < m.sizeBytes {
 		err = m.shrink(c, size)
 	}
 	m.layer.Tables.Forget()
 	if err != nil {
-		// Blocks may have been moved, durably or not: only what is behind all of them is
-		// known to be free.
-		m.room = room{next: (m.fileBytes - m.h.dataOffset() + m.stride - 1) / m.stride}
+		m.keepBoth(before)
 		return fmt.Errorf("vdi: resize %s from %d to %d bytes: %w", m.layer.Name, m.sizeBytes, size, err)
 	}
 	return nil
+}
+
+// keepBoth takes over which blocks are in use after a resize has failed that may have
+// moved some: those that were used before, because entries on disk may name them, and
+// those that entries name now.
+func (m *image) keepBoth(before *usage) {
+	after, err := m.scan()
+	if err != nil || before == nil || after.bad > 0 {
+		m.room = room{next: max(m.room.next, m.indexLimit)} // only what is behind everything is free
+		return
+	}
+	if missing := len(before.used) - len(after.used); missing > 0 {
+		after.used = append(after.used, make([]uint64, missing)...)
+	}
+	for i := range before.used {
+		after.used[i] |= before.used[i]
+	}
+	after.end = max(after.end, before.end)
+	m.useRoom(after)
 }
 
 func (m *image) checkSize(size int64) error {

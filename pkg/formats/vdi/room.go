@@ -59,11 +59,15 @@ func (m *image) setRoom(c *engine.Commit, u *usage) error {
 		m.fileBytes = end
 	}
 	m.limitIndex()
+	m.useRoom(u)
+	return nil
+}
+
+func (m *image) useRoom(u *usage) {
 	m.room = room{next: u.end}
 	u.eachFree(func(index int64) {
 		m.room.free = append(m.room.free, freeBlock{index: index})
 	})
-	return nil
 }
 
 // Allocate reserves blocks: free ones, or new ones behind all others.
@@ -76,9 +80,9 @@ func (m *image) Allocate(_, n int64) (engine.Place, error) {
 		return m.place(m.room.takeFree(count))
 	}
 	first := m.room.next
-	count = min(count, m.h.blocks()-first)
-	if count <= 0 {
-		return engine.Place{}, fmt.Errorf("%w: all %d blocks of %s are taken until the next flush", block.ErrNoSpace, m.h.blocks(), m.f.Name())
+	// There are never more blocks than the guest has, but after a resize that failed.
+	if first+count > m.mostBlocks() {
+		return engine.Place{}, fmt.Errorf("%w: %d blocks of %s may be in use, and it has %d", block.ErrNoSpace, first, m.f.Name(), m.h.blocks())
 	}
 	if err := m.extend(first + count); err != nil {
 		return engine.Place{}, err
