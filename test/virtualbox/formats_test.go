@@ -232,6 +232,58 @@ func TestResized(t *testing.T) {
 	}
 }
 
+// VirtualBox reads what our images became when they were enlarged, zeroed and discarded:
+// states of blocks that no conversion makes.
+func TestTheyReadOursWithZeroesAndHoles(t *testing.T) {
+	for _, format := range []string{"vmdk", "vdi", "vhdx", "vpc", "qcow", "qcow2"} {
+		t.Run(format, func(t *testing.T) {
+			b := newBox(t)
+			name := "ours." + format
+			content := b.disk(formats.RoundSize(lookup(t, format), diskBytes))
+			b.ours(name, format, "", content)
+			img := b.openOurs(name, format, vfs.ReadWrite)
+			size := formats.RoundSize(lookup(t, format), 90*mib)
+			if err := img.Resize(size); err != nil {
+				t.Fatal(err)
+			}
+			content = append(content, make([]byte, size-int64(len(content)))...)
+			b.change(content, func(part []byte, off int64) {
+				if _, err := img.WriteAt(part, off); err != nil {
+					t.Fatal(err)
+				}
+			})
+			b.clear(img, content)
+			if err := img.Close(); err != nil {
+				t.Fatal(err)
+			}
+			b.want("we read it", b.weRead(name, format), content)
+			b.want("they read it", b.theyRead(name), content)
+		})
+	}
+}
+
+// clear zeroes and discards stretches of an image of all sizes. What a discard leaves is
+// read back, for it need not be zeroes.
+func (b *box) clear(img *formats.Image, content []byte) {
+	b.t.Helper()
+	sectors := int64(len(content) / sectorBytes)
+	for i := range 12 {
+		n := 1 + b.rand.Int64N(min(sectors, 16*mib/sectorBytes))
+		off := b.rand.Int64N(sectors-n+1) * sectorBytes
+		part := content[off : off+n*sectorBytes]
+		var err error
+		if i%2 == 0 {
+			clear(part)
+			err = img.WriteZeroes(off, int64(len(part)), block.ZeroFlags(0))
+		} else if err = img.Discard(off, int64(len(part))); err == nil {
+			_, err = img.ReadAt(part, off)
+		}
+		if err != nil {
+			b.t.Fatal(err)
+		}
+	}
+}
+
 // An image with nothing in it is an image, too.
 func TestTheyReadOursWithNothingInIt(t *testing.T) {
 	for _, format := range []string{"vmdk", "vdi", "vhdx", "vpc", "qcow", "qcow2"} {
