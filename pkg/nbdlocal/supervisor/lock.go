@@ -34,14 +34,23 @@ func lockSupervisor(stateDir string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open lock: %w", err)
 	}
-	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
+	if err := takeLock(f); err != nil {
 		f.Close()
-		if errors.Is(err, unix.EAGAIN) {
-			err = block.ErrLocked
-		}
-		return nil, fmt.Errorf("lock %s: %w", path, err)
+		return nil, err
 	}
 	return f, nil
+}
+
+// takeLock takes the lock, which f's open file description may have already.
+func takeLock(f *os.File) error {
+	err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
+	if errors.Is(err, unix.EAGAIN) {
+		err = block.ErrLocked
+	}
+	if err != nil {
+		return fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	return nil
 }
 
 // inheritedLock returns the lock that this process was started with, nil if it was not.
@@ -61,6 +70,9 @@ func inheritedLock(stateDir string) (*os.File, error) {
 	named, err := os.Stat(lockPath(stateDir))
 	if err == nil && !os.SameFile(inherited, named) {
 		err = fmt.Errorf("it is not %s: %w", lockPath(stateDir), block.ErrInvalid)
+	}
+	if err == nil {
+		err = takeLock(f)
 	}
 	if err != nil {
 		f.Close()
