@@ -51,6 +51,7 @@ type checker struct {
 	previous  uint64 // the last plain cluster's entry, to count fragments
 	stored    storedList
 	damaged   bool // something is corrupt, or was
+	punched   bool // leaks that cannot be cut off take no space any more
 }
 
 func newChecker(ctx context.Context, m *image, c *engine.Commit, progress func(done, total int64)) *checker {
@@ -64,11 +65,17 @@ func (k *checker) run() error {
 	if err := k.scan(); err != nil {
 		return err
 	}
-	k.checkLeaks()
-	if !k.repairs() {
-		return nil
+	k.countLeaks()
+	if k.repairs() {
+		if err := k.cutOff(); err != nil {
+			return err
+		}
 	}
-	return k.cutOff()
+	k.reportLeaks()
+	if k.progress != nil {
+		k.progress(k.total(), k.total())
+	}
+	return nil
 }
 
 // scan goes through all tables: used is complete afterwards.
@@ -142,13 +149,15 @@ func (k *checker) eachTable(do func(ti int64) (changed bool, err error)) error {
 	return nil
 }
 
-// step tells how far the check is, as if it were over in three passes.
+// step tells how far the check is, as if it took three passes.
 func (k *checker) step() {
 	k.done++
-	if total := 3 * int64(len(k.m.l1)); k.progress != nil && (k.done%64 == 0 || k.done == total) {
-		k.progress(min(k.done, total), total)
+	if k.progress != nil && k.done%64 == 0 {
+		k.progress(min(k.done, k.total()), k.total())
 	}
 }
+
+func (k *checker) total() int64 { return 3 * int64(len(k.m.l1)) }
 
 // clustersIn returns the clusters of level 2 table ti: its entries from count on are past the
 // end of the disk.
@@ -275,8 +284,8 @@ func (k *checker) take(cluster int64, entry uint64) string {
 
 func (k *checker) noteEnd(off int64) { k.result.ImageEndOffset = max(k.result.ImageEndOffset, off) }
 
-// checkLeaks counts the clusters of the file that nothing refers to.
-func (k *checker) checkLeaks() {
+// countLeaks counts the clusters of the file that nothing refers to.
+func (k *checker) countLeaks() {
 	m := k.m
 	for _, s := range m.fixed {
 		k.noteEnd(min(s.end, m.fileEnd))
@@ -285,8 +294,21 @@ func (k *checker) checkLeaks() {
 		k.noteEnd(at + m.tableBytes())
 	}
 	k.eachFree(func(free span) { k.result.Leaks += (free.end - free.start) >> m.clusterShift })
-	if k.result.Leaks > 0 {
-		k.report(engine.Problem{Text: fmt.Sprintf("nothing refers to %d clusters of the file", k.result.Leaks)})
+}
+
+// reportLeaks describes the leaks that are left, and those that are not.
+func (k *checker) reportLeaks() {
+	if n := k.result.FixedLeaks; n > 0 {
+		k.result.Problems = append(k.result.Problems, engine.Problem{
+			Fixed: true, Text: fmt.Sprintf("nothing referred to the last %d clusters of the file; they are cut off", n),
+		})
+	}
+	if n := k.result.Leaks; n > 0 {
+		text := fmt.Sprintf("nothing refers to %d clusters of the file", n)
+		if k.punched {
+			text += "; they are holes now"
+		}
+		k.report(engine.Problem{Text: text})
 	}
 }
 

@@ -214,6 +214,13 @@ func TestRepair_CutsOffLeaks(t *testing.T) {
 	if fixed := checkImage(t, fsys, "a.qcow", true); fixed.Leaks != 1 || fixed.FixedLeaks != 0 {
 		t.Errorf("repair did %+v", fixed)
 	}
+	p := peek(t, fsys, "a.qcow")
+	if !bytes.Equal(p[smallData1:smallData1+smallCluster], make([]byte, smallCluster)) {
+		t.Error("its space was not given back")
+	}
+	if !bytes.Equal(p[smallData2:], smallData(2)) || !bytes.Equal(p[smallData0:smallL2], smallData(0)) {
+		t.Error("what is next to it has changed")
+	}
 }
 
 // badTables are level 1 entries.

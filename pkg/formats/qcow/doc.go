@@ -69,7 +69,8 @@
 //
 // Clusters that were freed are used again as long as the image is open. When it is closed
 // before, those at the end of the file go, and others are lost. They are found again when the
-// image is opened for writing once a fifth of the file or more, and 64 MiB, must be lost.
+// image is opened for writing once a fifth of the file or more, and 64 MiB, must be lost. A
+// repair makes holes of them. It moves nothing: converting the image makes it short again.
 //
 // Entries that lead past the end of the file are found by a check, not by opening the image: of
 // one that was damaged so, and is written to without a repair, the file grows to where they lead.

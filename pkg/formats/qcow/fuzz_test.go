@@ -13,6 +13,7 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/formattest"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/qcow"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -216,3 +217,6 @@ func checkDamaged(t *testing.T, fsys vfs.FS, mode vfs.Mode) {
 		layer.Close()
 	}
 }
+
+// FuzzImage damages images of every kind.
+func FuzzImage(f *testing.F) { formattest.Fuzz(f, factories()...) }

@@ -50,7 +50,7 @@ func openFile(req formats.OpenRequest, f vfs.File) (*image, error) {
 		return nil, err
 	}
 	m := newImage(f, h, size)
-	parent, err := m.readParent(req.Name)
+	parent, err := req.Link(m.readParent(req.Name))
 	if err != nil {
 		return nil, err
 	}

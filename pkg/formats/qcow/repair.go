@@ -2,6 +2,8 @@ package qcow
 
 import (
 	"encoding/binary"
+	"errors"
+	"fmt"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 )
@@ -145,7 +147,7 @@ func (k *checker) cutOff() error {
 	var tail span
 	k.eachFree(func(free span) { tail = free })
 	if tail.end < end || tail.start == tail.end {
-		return m.space.Trim()
+		return k.punchLeaks()
 	}
 	lost := (tail.end - tail.start) >> m.clusterShift
 	k.result.Leaks -= lost
@@ -155,5 +157,21 @@ func (k *checker) cutOff() error {
 	}
 	m.fileEnd = tail.start
 	m.space = engine.NewSpace(m.f, 0, tail.start, m.clusterBytes(), m.maxFileBytes())
-	return nil
+	return k.punchLeaks()
+}
+
+// punchLeaks gives the space of lost clusters within the file back to the file system. Their
+// place stays lost, as far as the format goes.
+func (k *checker) punchLeaks() error {
+	var failed error
+	k.eachFree(func(free span) {
+		if free.end = min(free.end, k.m.fileEnd); free.start < free.end && failed == nil {
+			failed = k.m.f.PunchHole(free.start, free.end-free.start)
+		}
+	})
+	if failed != nil && !errors.Is(failed, errors.ErrUnsupported) {
+		return fmt.Errorf("punch lost clusters of %s: %w", k.m.f.Name(), failed)
+	}
+	k.punched = failed == nil
+	return k.m.space.Trim()
 }
