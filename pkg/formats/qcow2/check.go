@@ -277,8 +277,9 @@ func (k *checker) countHost(who string, cluster int64, e entry) (host int64, ok 
 	if host == 0 || m.dataFile != 0 {
 		return host, m.dataFile != 0 && state == engine.Data, nil
 	}
-	if host&(m.clusterBytes-1) != 0 {
-		k.corruption(false, "%s%v", who, m.badEntry(cluster, e, "not a multiple of the cluster size"))
+	// A place kept for a zero cluster may lie past the end of the file, where refcounts are.
+	if host&(m.clusterBytes-1) != 0 || host >= m.fileEnd && host>>m.clusterBits >= int64(len(m.refTable))<<m.blockBits {
+		k.corruption(false, "%s%v", who, m.badEntry(cluster, e, "outside the file, or not a multiple of the cluster size"))
 		return 0, false, nil
 	}
 	return host, state == engine.Data, k.count(host, 1)
@@ -329,14 +330,16 @@ func (k *checker) checkRefcounts() error {
 	if k.broken {
 		return k.repairStructure()
 	}
-	for number := int64(0); number < int64(len(m.refTable)) || number<<m.blockBits <= k.counts.last; number++ {
+	for _, number := range k.counts.blocks(m.blockBits) {
 		if number >= int64(len(m.refTable)) || m.refTable[number] == 0 {
-			if k.counts.any(number<<m.blockBits, m.blockEntries()) {
-				k.brokenStructure("clusters from %#x on are in use, but have no refcounts", number<<m.blockBits<<m.clusterBits)
-			}
+			k.brokenStructure("clusters from %#x on are in use, but have no refcounts", number<<m.blockBits<<m.clusterBits)
+		}
+	}
+	for number, e := range m.refTable {
+		if e == 0 {
 			continue
 		}
-		if err := k.checkBlock(number); err != nil {
+		if err := k.checkBlock(int64(number)); err != nil {
 			return err
 		}
 	}

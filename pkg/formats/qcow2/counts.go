@@ -1,6 +1,10 @@
 package qcow2
 
-import "math"
+import (
+	"maps"
+	"math"
+	"slices"
+)
 
 // counts are how many references to each host cluster a check has found.
 type counts struct {
@@ -79,4 +83,22 @@ func (k *counts) any(first, n int64) bool {
 		}
 	}
 	return false
+}
+
+// blocks returns, in order, which groups of 1<<blockBits clusters have references.
+func (k *counts) blocks(blockBits uint) []int64 {
+	var all []int64
+	for _, at := range slices.Sorted(maps.Keys(k.pages)) {
+		first, end := at<<countPageBits, (at+1)<<countPageBits
+		for first < end {
+			number := first >> blockBits
+			next := min((number+1)<<blockBits, end)
+			known := len(all) > 0 && all[len(all)-1] == number
+			if !known && k.any(first, next-first) {
+				all = append(all, number)
+			}
+			first = next
+		}
+	}
+	return all
 }

@@ -46,7 +46,7 @@ func (o *opener) open() (*engine.Layer, error) {
 		}
 		m.dataFile = 1
 	}
-	parent, err := parentLink(o.req.Name, h)
+	parent, err := o.req.Link(parentLink(o.req.Name, h))
 	if err != nil {
 		return nil, err
 	}

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"context"
+	"slices"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 )
@@ -58,15 +59,10 @@ func (k *checker) uncountRefcounts() error {
 // table and new blocks from cluster at on included, and how long the table is.
 func (k *checker) layOutRebuild(at int64) (blocks []int64, tableClusters int64) {
 	m := k.image
-	var used []int64
-	for number := int64(0); number<<m.blockBits <= k.counts.last; number++ {
-		if k.counts.any(number<<m.blockBits, m.blockEntries()) {
-			used = append(used, number)
-		}
-	}
+	used := k.counts.blocks(m.blockBits)
 	tableClusters = 1
 	for {
-		blocks = append([]int64(nil), used...)
+		blocks = slices.Clone(used)
 		for changed := true; changed; {
 			changed = false
 			last := (at + tableClusters + int64(len(blocks)) - 1) >> m.blockBits
