@@ -145,7 +145,7 @@ func (a *access) openLayerAt(at *location, write bool) (*openedLayer, error) {
 	if err != nil {
 		return nil, err
 	}
-	req := formats.OpenRequest{FS: at.fs, Name: at.name, Mode: vfs.ReadOnly, NoLock: a.forceShare && !write, Secret: a.anySecret()}
+	req := formats.OpenRequest{FS: at.fs, Name: at.name, Mode: vfs.ReadOnly, NoLock: a.forceShare && !write, Secret: a.anySecret(), Alone: true}
 	if write {
 		req.Mode = vfs.ReadWrite
 	}

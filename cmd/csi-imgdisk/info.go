@@ -26,6 +26,7 @@ type imageInfo struct {
 	BackingFilename       string           `json:"backing-filename,omitempty"`
 	FullBackingFilename   string           `json:"full-backing-filename,omitempty"`
 	BackingFilenameFormat string           `json:"backing-filename-format,omitempty"`
+	BackingProblem        string           `json:"backing-problem,omitempty"` // not qemu-img's
 	DirtyFlag             bool             `json:"dirty-flag"`
 
 	subformat string
@@ -117,7 +118,11 @@ func describe(img *openedImage, layer *engine.Layer, named string) (imageInfo, e
 		}
 		info.ActualSize += n
 	}
-	if parent := layer.Parent; parent != nil {
+	switch parent := layer.Parent; {
+	case parent == nil:
+	case parent.Broken != nil:
+		info.BackingProblem = sentence(parent.Broken)
+	default:
 		info.BackingFilename = vfs.RelativeLink(layer.Name, parent.Name)
 		info.FullBackingFilename = img.hostPath(named, parent.Name)
 		info.BackingFilenameFormat = parent.Format
@@ -164,6 +169,9 @@ func (i *imageInfo) print(p *printer) {
 	}
 	if i.BackingFilename != "" {
 		field("stands on", "%s", i.BackingFilename)
+	}
+	if i.BackingProblem != "" {
+		field("stands on", "a link that cannot be followed: %s", i.BackingProblem)
 	}
 	for _, d := range i.details {
 		printDetail(p, "", d.Name, d.Value)

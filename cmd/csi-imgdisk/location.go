@@ -100,8 +100,13 @@ func storeRoot(dir string) string {
 
 // explain adds what a person can do about an image's link that leads out of the tree.
 func (l *location) explain(err error) error {
-	if errors.Is(err, fs.ErrInvalid) && strings.Contains(err.Error(), "link ") {
+	text := err.Error()
+	switch {
+	case !errors.Is(err, fs.ErrInvalid) || !strings.Contains(text, "link "):
+	case strings.Contains(text, "it leaves the store"):
 		return fmt.Errorf("%w; an image may refer only to files in %s: --root DIR names a directory that holds them all", err, l.root)
+	case strings.Contains(text, "accepted") || strings.Contains(text, "refused"):
+		return fmt.Errorf("%w; if it is the link to a parent, image rebase --unsafe replaces it", err)
 	}
 	return err
 }

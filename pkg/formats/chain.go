@@ -101,7 +101,9 @@ func openLayer(fs vfs.FS, name, format string, mode vfs.Mode, opts OpenOptions) 
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", name, err)
 	}
-	return f.Open(OpenRequest{FS: fs, Name: name, Mode: mode, NoLock: opts.NoLock, Secret: opts.Secret})
+	return f.Open(OpenRequest{
+		FS: fs, Name: name, Mode: mode, NoLock: opts.NoLock, Secret: opts.Secret, Alone: opts.NoParents,
+	})
 }
 
 func closeLayers(layers []*engine.Layer) error {

@@ -60,6 +60,18 @@ type OpenRequest struct {
 	// NoLock opens without locks: for looking at images that somebody else writes.
 	NoLock bool
 	Secret Secret // for encrypted images; nil: no password is known
+	// Alone says that nobody is going to follow the link to what the image stands on:
+	// one that cannot be used is no error. See Link.
+	Alone bool
+}
+
+// Link is for what an Open makes of the image's link to its parent: it turns an error into a
+// broken link where that is all that was asked for.
+func (r OpenRequest) Link(link *engine.ParentLink, err error) (*engine.ParentLink, error) {
+	if err != nil && r.Alone {
+		return &engine.ParentLink{Broken: err}, nil
+	}
+	return link, err
 }
 
 // CreateRequest says what to create. Zero values mean the format's defaults.

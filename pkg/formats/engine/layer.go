@@ -30,6 +30,9 @@ type Layer struct {
 type ParentLink struct {
 	Name   string // file name, resolved within the file system and checked by vfs.Resolve
 	Format string // "" if the image does not say
+	// Broken is why the link cannot be followed, nil if it can; Name is "" then. Only
+	// images that were opened alone have such links.
+	Broken error
 	// Verify reports whether parent is the image the child was made on (CID, UUID).
 	Verify func(parent *Layer) error
 }

@@ -57,11 +57,11 @@ func openFile(req formats.OpenRequest, f vfs.File) (*engine.Layer, error) {
 	layer := engine.NewLayer(req.Name, formatName, []vfs.File{f}, req.Mode == vfs.ReadWrite)
 	m.layer, m.f = layer, f
 	if m.h.isChild() {
-		name, err := findParent(req.FS, req.Name, &m.h)
+		link, err := req.Link(m.findLink(req))
 		if err != nil {
 			return nil, err
 		}
-		layer.Parent = m.parentLink(name)
+		layer.Parent = link
 	}
 	layer.Codec = m
 	return layer, nil

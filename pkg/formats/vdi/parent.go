@@ -6,6 +6,7 @@ import (
 	"path"
 	"strings"
 
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -109,6 +110,15 @@ func judge(fsys vfs.FS, name string, h *header) (candidate, error) {
 		return exact, nil
 	}
 	return sameID, nil
+}
+
+// findLink returns the link to what a differencing image stands on.
+func (m *image) findLink(req formats.OpenRequest) (*engine.ParentLink, error) {
+	name, err := findParent(req.FS, req.Name, &m.h)
+	if err != nil {
+		return nil, err
+	}
+	return m.parentLink(name), nil
 }
 
 func (m *image) parentLink(name string) *engine.ParentLink {

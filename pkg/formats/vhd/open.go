@@ -64,11 +64,11 @@ func openFile(req formats.OpenRequest, f vfs.File) (*engine.Layer, error) {
 		return nil, err
 	}
 	if m.footer.kind() == kindDifferencing {
-		name, err := findParent(req.FS, req.Name, f, &m.header)
+		link, err := req.Link(m.findLink(req, f))
 		if err != nil {
 			return nil, err
 		}
-		m.layer.Parent = m.parentLink(name)
+		m.layer.Parent = link
 	}
 	return m.layer, nil
 }

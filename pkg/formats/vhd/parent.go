@@ -7,6 +7,7 @@ import (
 	"path"
 	"strings"
 
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -162,6 +163,15 @@ func parentLinks(f vfs.File, h *header) []string {
 }
 
 func slashed(link string) string { return strings.ReplaceAll(link, `\`, "/") }
+
+// findLink returns the link to what a differencing image in f stands on.
+func (m *image) findLink(req formats.OpenRequest, f vfs.File) (*engine.ParentLink, error) {
+	name, err := findParent(req.FS, req.Name, f, &m.header)
+	if err != nil {
+		return nil, err
+	}
+	return m.parentLink(name), nil
+}
 
 func (m *image) parentLink(name string) *engine.ParentLink {
 	return &engine.ParentLink{Name: name, Format: formatName, Verify: m.verifyParent}

@@ -44,7 +44,7 @@ func openFile(req formats.OpenRequest, f vfs.File) (*engine.Layer, error) {
 	}
 	layer := engine.NewLayer(req.Name, formatName, []vfs.File{file}, req.Mode == vfs.ReadWrite)
 	m.layer, m.tables = layer, layer.Tables
-	if layer.Parent, err = m.parentLink(req.Name); err != nil {
+	if layer.Parent, err = req.Link(m.parentLink(req.Name)); err != nil {
 		return nil, err
 	}
 	if layer.Writable {

@@ -364,7 +364,7 @@ func (o *opener) finish() (*engine.Layer, error) {
 	m := o.image
 	m.sizeBytes = o.guestEnd()
 	layer := engine.NewLayer(o.req.Name, formatName, o.files, o.req.Mode == vfs.ReadWrite)
-	parent, err := m.parentLink(o.req.Name)
+	parent, err := o.req.Link(m.parentLink(o.req.Name))
 	if err != nil {
 		return nil, err
 	}
