@@ -156,10 +156,7 @@ func expectFilledOnly(t *testing.T, r *rig) {
 func failConvert(t *testing.T, f Factory, how failure) {
 	r := testenv.Rand(t)
 	want := f.randomContents(r)
-	stride := uint64(max(f.Cost, 1))
-	if testing.Short() {
-		stride *= 5
-	}
+	stride := uint64(f.stride(1))
 	for n := r.Uint64N(stride); ; n += stride {
 		mem := vfs.NewMem()
 		failed := ""

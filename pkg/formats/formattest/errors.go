@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -75,10 +76,7 @@ func sweepErrors(t *testing.T, f Factory, how failure) {
 	p.play(t, f.script(r, mix{opWrite: 6, opZero: 1, opDiscard: 1}, 10))
 	p.mustClose(t)
 	script := f.script(r, mix{opRead: 6, opWrite: 12, opZero: 4, opDiscard: 4, opMap: 2, opFlush: 4, opReopen: 2, opGrow: 1, opPush: 1, opShrink: 1}, 30)
-	stride := how.stride
-	if testing.Short() {
-		stride = 7
-	}
+	stride := f.stride(how.stride)
 	for n := uint64(r.IntN(stride)); ; n += uint64(stride) {
 		run := newFailingRun(p, mem.Clone(), how, n, r)
 		err := run.play(script)
@@ -90,6 +88,18 @@ func sweepErrors(t *testing.T, f Factory, how failure) {
 		}
 		run.p.rig.figures().InjectedErrors.Add(1)
 	}
+}
+
+// stride returns how far apart the operations are that an error sweep fails: n, further
+// where everything takes long.
+func (f Factory) stride(n int) int {
+	switch {
+	case os.Getenv(fullVariable) != "":
+		return 1
+	case testing.Short():
+		n *= 7
+	}
+	return n * max(f.Cost, 1)
 }
 
 // failingRun is one run through a script in which one operation fails.

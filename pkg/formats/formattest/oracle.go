@@ -169,8 +169,8 @@ func ReplayLog(format string) func(qemuImg, file string) error {
 	}
 }
 
-// sampleSize is how many of the images that the crashes of one sweep leave the oracle looks at;
-// fullVariable, when set, has it look at all.
+// sampleSize is how many of the images that the crashes of one sweep leave the oracle looks at.
+// fullVariable, when set, has it look at all, and error sweeps fail every operation.
 const (
 	sampleSize   = 5
 	fullVariable = "IMGDISK_FULL"

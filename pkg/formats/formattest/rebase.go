@@ -149,7 +149,7 @@ func failRebase(t *testing.T, f Factory) {
 	p := rebasing(t, f, mem, r)
 	p.mustClose(t)
 	want := bytes.Clone(p.m.live.bytes)
-	for n := uint64(0); ; n += uint64(1 + r.IntN(f.Cost+1)) {
+	for n := uint64(0); ; n += uint64(1 + r.IntN(2*f.stride(1)-1)) {
 		left := mem.Clone()
 		failed, armed := "", false
 		fail := vfs.FailNth(n, syscall.EIO)
