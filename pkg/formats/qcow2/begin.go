@@ -33,13 +33,13 @@ func (m *image) begin(c *engine.Commit) error {
 	if err := m.loadRefTable(); err != nil {
 		return err
 	}
-	h := m.header.clone()
-	if h.incompatible&incompatDirty != 0 {
+	if m.header.incompatible&incompatDirty != 0 {
 		if err := m.rebuildRefcounts(c); err != nil {
 			return fmt.Errorf("refcounts of an image that was not closed: %w", err)
 		}
-		h.incompatible &^= incompatDirty
 	}
+	h := m.header.clone()
+	h.incompatible &^= incompatDirty
 	h.autoclear &= knownAutoclear
 	if err := m.outdateBitmaps(c, h, false); err != nil {
 		return err

@@ -233,8 +233,8 @@ func (m *image) giveReference(cluster int64, count uint64) {
 	s := engine.Span{Off: cluster << m.clusterBits, Len: m.clusterBytes, Shared: count > uint64(m.lowering[cluster])+1}
 	if s.Shared {
 		m.lowering[cluster]++
-	} else if m.packing.next>>m.clusterBits == cluster {
-		m.packing = packing{} // what would be added here would go with the rest
+	} else {
+		m.leavePacked(cluster) // what would be added here would go with the rest
 	}
 	if n := len(p.unused); n > p.given {
 		if last := &p.unused[n-1]; last.Off+last.Len == s.Off && last.Shared == s.Shared {

@@ -184,55 +184,90 @@ func deflate(p []byte) ([]byte, error) {
 	return bytes.Clone(d.out.Bytes()), nil
 }
 
-// packing is where the next compressed cluster may be stored: after the last one, in the
-// same host cluster.
+// packing is where the next compressed clusters are stored, one after the other: in the
+// file's bytes [next, end), which are reserved. Host clusters from fresh on are in use by
+// none yet; their refcount of 1 is for the first that is.
 type packing struct {
-	next int64 // 0: nowhere
+	next, end int64
+	fresh     int64
 }
 
-// AllocateCompressed reserves n bytes for a compressed cluster: they continue where the
-// last ones ended, if what is left of that host cluster, and the next one if it is free,
-// are enough. Each host cluster has a reference for each compressed cluster in it.
+// packClusters is how many host clusters are reserved for compressed data at once: plain
+// clusters that are written meanwhile must not come between.
+const packClusters = 16
+
+// AllocateCompressed reserves n bytes for a compressed cluster. Each host cluster they are in
+// gets a reference.
 func (m *image) AllocateCompressed(_, n int64) (engine.Place, error) {
-	place, err := m.packInto(n)
+	p := &m.packing
+	shared, count, err := m.sharedByPacking()
 	if err != nil {
 		return engine.Place{}, err
 	}
-	if place.Len == 0 {
-		got, err := m.take(m.clusters(n), m.clusters(n))
-		if err != nil {
+	if p.end-p.next < n {
+		if err := m.reservePacking(n); err != nil {
 			return engine.Place{}, err
 		}
-		if got.first<<m.clusterBits >= 1<<m.sectorShift() {
-			m.giveUp(got.first, got.count)
-			return engine.Place{}, fullFormat("compressed data", 1<<m.sectorShift())
+		shared = false
+	}
+	if shared {
+		if err := m.setPrepared(p.next>>m.clusterBits, 1, count+1); err != nil {
+			return engine.Place{}, err
 		}
-		place.Off, place.Len = got.first<<m.clusterBits, n
 	}
-	m.packing.next = place.Off + n
-	if m.packing.next&(m.clusterBytes-1) == 0 {
-		m.packing.next = 0
-	}
+	place := engine.Place{Span: engine.Span{Off: p.next, Len: n}}
+	p.next += n
+	p.fresh = max(p.fresh, m.clusters(p.next))
 	return place, nil
 }
 
-// packInto places n bytes into the host cluster that has been begun; it returns an empty
-// place if they don't fit.
-func (m *image) packInto(n int64) (engine.Place, error) {
-	at := m.packing.next
-	if at == 0 || n > m.alignUp(at)-at {
-		return engine.Place{}, nil
+// sharedByPacking reports whether the next compressed cluster begins in a host cluster with
+// others, and how many those are; if it could not have one more, the next begins after it.
+func (m *image) sharedByPacking() (bool, uint64, error) {
+	p := &m.packing
+	cluster := p.next >> m.clusterBits
+	if p.next == p.end || cluster >= p.fresh {
+		return false, 0, nil
 	}
-	cluster := at >> m.clusterBits
 	count, err := m.refcount(cluster)
 	if err != nil {
-		return engine.Place{}, err
+		return false, 0, err
 	}
 	if count == 0 || count == m.maxRefcount() {
-		return engine.Place{}, nil
+		m.leavePacked(cluster)
+		return false, 0, nil
 	}
-	if err := m.setRefcounts(cluster, 1, count+1); err != nil {
-		return engine.Place{}, err
+	return true, count, nil
+}
+
+// leavePacked has nothing more stored in a host cluster.
+func (m *image) leavePacked(cluster int64) {
+	if p := &m.packing; p.next != p.end && p.next>>m.clusterBits == cluster {
+		p.next = min(p.fresh<<m.clusterBits, p.end)
 	}
-	return engine.Place{Span: engine.Span{Off: at, Len: n}}, nil
+}
+
+// reservePacking reserves space for at least n bytes of compressed data.
+func (m *image) reservePacking(n int64) error {
+	m.endPacking()
+	got, err := m.take(packClusters, m.clusters(n))
+	if err != nil {
+		return err
+	}
+	p := packing{next: got.first << m.clusterBits, end: (got.first + got.count) << m.clusterBits, fresh: got.first}
+	if p.end > 1<<m.sectorShift() {
+		m.giveUp(got.first, got.count)
+		return fullFormat("compressed data", 1<<m.sectorShift())
+	}
+	m.packing = p
+	return nil
+}
+
+// endPacking gives back what was reserved and is not used.
+func (m *image) endPacking() {
+	p := m.packing
+	m.packing = packing{}
+	if end := p.end >> m.clusterBits; p.fresh < end {
+		m.giveUp(p.fresh, end-p.fresh)
+	}
 }

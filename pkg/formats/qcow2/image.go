@@ -112,11 +112,13 @@ func (m *image) Commit(c *engine.Commit) error {
 	return nil
 }
 
-// Finish gives back what tables that were replaced took, and what was reserved ahead.
+// Finish gives back what tables that were replaced took, and what was reserved ahead. Lookups
+// may go on meanwhile, and do not notice: nothing refers to what goes.
 func (m *image) Finish(c *engine.Commit) error {
 	if m.refTable == nil {
 		return nil
 	}
+	m.endPacking()
 	for _, s := range m.retired {
 		m.Free(s, false)
 	}

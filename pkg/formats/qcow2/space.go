@@ -435,8 +435,8 @@ func (m *image) lowered(first, n int64, shared bool) {
 // freed notes that clusters are free now. Where tables were, the cache of tables still knows
 // them: that they read as zeroes is of no use there.
 func (m *image) freed(first, n int64, zeroed bool) {
-	if next := m.packing.next >> m.clusterBits; m.packing.next != 0 && first <= next && next < first+n {
-		m.packing = packing{}
+	if next := m.packing.next >> m.clusterBits; first <= next && next < first+n {
+		m.leavePacked(next)
 	}
 	for n > 0 {
 		count := m.metadata.before(first, n)
