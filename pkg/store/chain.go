@@ -15,7 +15,7 @@ import (
 )
 
 // DefaultFormat is the format of volumes for which nobody asked for another.
-const DefaultFormat = "vmdk"
+const DefaultFormat = "qcow2"
 
 // openChain opens a chain by what the record says of it. A layer that somebody else holds
 // in a contradicting way is ErrLocked.

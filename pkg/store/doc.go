@@ -72,7 +72,6 @@
 //     parent keeps its layers, up to [Options.MaxChain], until it is detached.
 //   - A snapshot's name is looked for in all records: with thousands of volumes on a slow
 //     store that takes seconds.
-//   - Raw volumes have no snapshots and no clones while no format can stand on raw.
 //   - A volume that was deleted keeps its name until its snapshots and clones are gone.
 //   - Whoever attaches a volume locally, without a publication, has no redo journal.
 package store

@@ -10,18 +10,13 @@ import (
 	"time"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/all"
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vmdk"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/store"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 
 func TestMain(m *testing.M) {
 	all.Register()
-	if _, err := formats.Lookup("vmdk"); err != nil {
-		formats.Register(vmdk.Format{})
-	}
 	os.Exit(m.Run())
 }
 

@@ -85,7 +85,7 @@ func scenarios() []scenario {
 		},
 		{
 			name:  "CreateFlat",
-			op:    createOp(store.CreateVolumeRequest{Name: "v", SizeBytes: 4 * mib, Parameters: store.Parameters{Subformat: "monolithicFlat"}}),
+			op:    createOp(store.CreateVolumeRequest{Name: "v", SizeBytes: 4 * mib, Format: "vmdk", Parameters: store.Parameters{Subformat: "monolithicFlat"}}),
 			check: func(t *testing.T, s *store.Store) { expectGeneration(t, s, "v", "", 0) },
 		},
 		{

@@ -418,10 +418,10 @@ func killBetweenRecordAndSwitch(t *testing.T, written bool) {
 	early := make(chan bool, 1)
 	s := openStore(t, vfs.Inject(m, func(op vfs.Op) error {
 		switch {
-		case state.Load() == 1 && op.Kind == vfs.OpOpen && op.Name == "volumes/v/volume.lock" && exists(m, "volumes/v/v-000001.vmdk"):
+		case state.Load() == 1 && op.Kind == vfs.OpOpen && op.Name == "volumes/v/volume.lock" && exists(m, "volumes/v/v-000001.qcow2"):
 			state.Store(2)
 			writeStamp(t, a, 3*mib, 2)
-		case state.Load() == 2 && op.Kind == vfs.OpSyncDir && strings.Contains(contents(t, m, "volumes/v/volume.json"), `"layer": "volumes/v/v.vmdk"`):
+		case state.Load() == 2 && op.Kind == vfs.OpSyncDir && strings.Contains(contents(t, m, "volumes/v/volume.json"), `"layer": "volumes/v/v.qcow2"`):
 			state.Store(3)
 			early <- returnsSoon(func() { writeStamp(t, a, 5*mib, 2) })
 			left = m.Clone()

@@ -54,7 +54,7 @@ func TestQEMU(t *testing.T) {
 	writeStamp(t, a, 39*mib, 7)
 	detach(t, s, a)
 	create(t, s, store.CreateVolumeRequest{Name: "c", Source: store.Source{Volume: "larger"}})
-	create(t, s, store.CreateVolumeRequest{Name: "flat", SizeBytes: mib, Parameters: store.Parameters{Subformat: "monolithicFlat"}})
+	create(t, s, store.CreateVolumeRequest{Name: "flat", SizeBytes: mib, Format: "vmdk", Parameters: store.Parameters{Subformat: "monolithicFlat"}})
 	must(t, ignoreSnapshot(s.CreateSnapshot(ctx, "flat", "f")))
 	rewriteAt(t, s, "flat", 0, 3)
 

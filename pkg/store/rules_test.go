@@ -109,7 +109,7 @@ func TestCreateVolume_Again(t *testing.T) {
 		{func(*store.CreateVolumeRequest) {}, ""},
 		{func(r *store.CreateVolumeRequest) { r.SizeBytes = 4 * mib }, ""},
 		{func(r *store.CreateVolumeRequest) { r.SizeBytes, r.LimitBytes = 0, 0 }, ""},
-		{func(r *store.CreateVolumeRequest) { r.Format = "vmdk" }, ""},
+		{func(r *store.CreateVolumeRequest) { r.Format = "qcow2" }, ""},
 		{func(r *store.CreateVolumeRequest) { r.SizeBytes = 9 * mib }, "size"},
 		{func(r *store.CreateVolumeRequest) { r.SizeBytes, r.LimitBytes = mib, 4*mib }, "size"},
 		{func(r *store.CreateVolumeRequest) { r.Format = "raw" }, "format"},
@@ -142,7 +142,7 @@ func TestCreateVolume_Refused(t *testing.T) {
 		{store.CreateVolumeRequest{SizeBytes: -1}, block.ErrInvalid, "size -1"},
 		{store.CreateVolumeRequest{SizeBytes: 2, LimitBytes: 1}, block.ErrInvalid, "limit"},
 		{store.CreateVolumeRequest{SizeBytes: 1, LimitBytes: 511}, block.ErrOutOfRange, "512"},
-		{store.CreateVolumeRequest{SizeBytes: 1 << 62}, block.ErrOutOfRange, "vmdk"},
+		{store.CreateVolumeRequest{SizeBytes: 1 << 62}, block.ErrOutOfRange, "qcow2"},
 		{store.CreateVolumeRequest{Format: "floppy"}, block.ErrInvalid, "raw"},
 		{store.CreateVolumeRequest{SizeBytes: mib, Parameters: store.Parameters{Subformat: "round"}}, nil, "round"},
 		{store.CreateVolumeRequest{SizeBytes: mib, Parameters: store.Parameters{Preallocation: "some"}}, nil, "some"},
@@ -308,7 +308,7 @@ func TestMerge_GivesWay(t *testing.T) {
 	mergeable(t, openStore(t, m), m)
 	copying := make(chan struct{}, 1)
 	slow := openStore(t, vfs.Inject(m, func(op vfs.Op) error {
-		if op.Kind == vfs.OpWrite && strings.HasSuffix(op.Name, "-000004.vmdk") {
+		if op.Kind == vfs.OpWrite && strings.HasSuffix(op.Name, "-000004.qcow2") {
 			select {
 			case copying <- struct{}{}:
 			default:
@@ -339,7 +339,7 @@ func TestMerge_GivesWay(t *testing.T) {
 func TestExpand_Rules(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *store.Store, fsys vfs.FS) {
 		ctx := t.Context()
-		for _, format := range []string{"raw", "vmdk"} {
+		for _, format := range []string{"raw", "vmdk", "qcow2"} {
 			create(t, s, store.CreateVolumeRequest{Name: format, SizeBytes: mib, Format: format})
 			for _, attached := range []bool{false, true} {
 				var a *store.Attached
@@ -566,18 +566,18 @@ func TestCheck(t *testing.T) {
 	if len(found) != 5 || report.Volumes != 1 || report.Layers != 2 {
 		t.Errorf("found %+v", report)
 	}
-	must(t, m.Remove("volumes/v/v.vmdk"))
+	must(t, m.Remove("volumes/v/v.qcow2"))
 	report, err = s.Check(ctx, false)
 	must(t, err)
 	corrupt := false
 	for _, p := range report.Problems {
-		corrupt = corrupt || p.Corrupt && strings.Contains(p.Text, "v.vmdk")
+		corrupt = corrupt || p.Corrupt && strings.Contains(p.Text, "v.qcow2")
 	}
 	if !corrupt {
 		t.Errorf("a missing layer: %+v", report)
 	}
 	_, err = s.Attach(ctx, "v", store.AttachOptions{})
-	if err == nil || !strings.Contains(err.Error(), "volumes/v/v.vmdk") {
+	if err == nil || !strings.Contains(err.Error(), "volumes/v/v.qcow2") {
 		t.Errorf("attach without a layer: %v", err)
 	}
 	must(t, s.DeleteVolume(ctx, "v"))
@@ -732,7 +732,7 @@ func TestCreateSnapshot_HolderFails(t *testing.T) {
 	s := openStore(t, m)
 	full := false
 	holder := openStore(t, vfs.Inject(m, func(op vfs.Op) error {
-		if full && op.Kind == vfs.OpCreate && strings.HasSuffix(op.Name, ".vmdk") {
+		if full && op.Kind == vfs.OpCreate && strings.HasSuffix(op.Name, ".qcow2") {
 			return syscall.ENOSPC
 		}
 		return nil
@@ -784,7 +784,7 @@ func TestNamesLikeLayers(t *testing.T) {
 	names := []string{"v", "v-000001", "v-000001.vmdk", "volume", "volume.json", "v-flat"}
 	r.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
 	for i, name := range names {
-		create(t, s, store.CreateVolumeRequest{Name: name, SizeBytes: 4 * mib, Parameters: store.Parameters{Subformat: "monolithicFlat"}})
+		create(t, s, store.CreateVolumeRequest{Name: name, SizeBytes: 4 * mib, Format: "vmdk", Parameters: store.Parameters{Subformat: "monolithicFlat"}})
 		must(t, ignoreSnapshot(s.CreateSnapshot(t.Context(), name, fmt.Sprintf("s%d", i))))
 		rewrite(t, s, name, byte(i+1))
 	}
@@ -855,7 +855,7 @@ func slowStore(t *testing.T, m *vfs.Mem, opts store.Options) (s *store.Store, co
 	t.Helper()
 	copying = make(chan struct{}, 1)
 	s, err := store.Open(t.Context(), "test", vfs.Inject(m, func(op vfs.Op) error {
-		if op.Kind == vfs.OpWrite && strings.HasSuffix(op.Name, ".vmdk") {
+		if op.Kind == vfs.OpWrite && strings.HasSuffix(op.Name, ".qcow2") {
 			select {
 			case copying <- struct{}{}:
 			default:

@@ -14,7 +14,7 @@ func TestLife(t *testing.T) {
 	onBoth(t, func(t *testing.T, s *store.Store, fsys vfs.FS) {
 		ctx := t.Context()
 		rec := volume(t, s, "v")
-		if rec.SizeBytes != 8*mib || rec.Format != "vmdk" {
+		if rec.SizeBytes != 8*mib || rec.Format != "qcow2" {
 			t.Errorf("made %+v", rec)
 		}
 		a := attach(t, s, "v", "n1")
