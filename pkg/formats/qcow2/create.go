@@ -51,7 +51,8 @@ func (Format) Create(ctx context.Context, req formats.CreateRequest) error {
 	return nil
 }
 
-// Measure returns how long the files of an image are that holds so much data.
+// Measure returns how long the files of an image are that holds so much data, in the worst
+// case that it is spread over the whole disk.
 func (Format) Measure(req formats.CreateRequest, dataBytes int64) (int64, error) {
 	if req.Name == "" {
 		req.Name = "measured" // it is not created

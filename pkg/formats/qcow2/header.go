@@ -333,19 +333,15 @@ func (h *header) featureNames(kind byte, bits uint64) string {
 
 const featureNameBytes = 48
 
-// featureTable is what new images tell readers that are older than a feature.
+// featureTable is what new images tell readers that are older than a feature. Only
+// incompatible ones make somebody refuse an image, and all of the header is to fit into one
+// sector.
 func featureTable() []byte {
 	var table []byte
-	for _, f := range []struct {
-		kind, bit byte
-		name      string
-	}{
-		{0, 0, "dirty bit"}, {0, 1, "corrupt bit"}, {0, 2, "external data file"}, {0, 3, "compression type"},
-		{0, 4, "extended L2 entries"}, {1, 0, "lazy refcounts"}, {2, 0, "bitmaps"}, {2, 1, "raw external data"},
-	} {
+	for bit, name := range []string{"dirty bit", "corrupt bit", "external data file", "compression type", "extended L2 entries"} {
 		entry := make([]byte, featureNameBytes)
-		entry[0], entry[1] = f.kind, f.bit
-		copy(entry[2:], f.name)
+		entry[1] = byte(bit)
+		copy(entry[2:], name)
 		table = append(table, entry...)
 	}
 	return table
