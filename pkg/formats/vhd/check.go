@@ -135,8 +135,9 @@ func (k *checker) findSharing(taken []place) {
 		start := int64(t.sector) * sectorBytes
 		if start < end {
 			k.sharing = append(k.sharing, int64(t.number))
+			continue // what follows overlaps it, too, but need not be bad
 		}
-		end = max(end, start+k.image.slotBytes())
+		end = start + k.image.slotBytes()
 	}
 	slices.Sort(k.sharing)
 }

@@ -166,9 +166,12 @@ func (m *image) bitRun(slot, sector, end int64) (present bool, count int64, err 
 		if sector == first {
 			present = p[0]>>(7-sector%8)&1 == 1
 		}
-		like := byte(0)
+		like, likeWord := byte(0), uint64(0)
 		if present {
-			like = 0xff
+			like, likeWord = 0xff, 1<<64-1
+		}
+		for len(p) >= 8 && binary.BigEndian.Uint64(p) == likeWord {
+			sector, p = sector/8*8+64, p[8:]
 		}
 		for _, b := range p {
 			if b == like {
