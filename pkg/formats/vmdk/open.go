@@ -185,6 +185,9 @@ func (o *opener) openDescriptorFile(f vfs.File, size int64) error {
 	return nil
 }
 
+// maxGuestBytes bounds a guest's size, far above every format's limit.
+const maxGuestBytes = 1 << 56
+
 // openExtent opens the next extent. names are the files already in use: two extents in one
 // file would be two owners of one cluster.
 func (o *opener) openExtent(line *extentLine, names map[string]bool) error {
@@ -197,6 +200,9 @@ func (o *opener) openExtent(line *extentLine, names map[string]bool) error {
 	}
 	if err := o.checkAccess(line); err != nil {
 		return err
+	}
+	if line.sectors > (maxGuestBytes-o.guestEnd())/sectorBytes {
+		return corrupt("the extents up to it have more than %d bytes", int64(maxGuestBytes))
 	}
 	if line.kind == "ZERO" {
 		return o.addZero(line)

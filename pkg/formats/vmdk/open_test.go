@@ -44,6 +44,7 @@ func TestOpen_RefusesDescriptor(t *testing.T) {
 		"COWD extent":         {flat + `RW 8 SPARSE "cowd"`, "header of cowd: not supported: COWD header version 0", block.ErrUnsupported},
 		"device extent":       {flat + `RW 8 VMFSRDM "flat"`, "a device of the host, through VMFS", block.ErrUnsupported},
 		"seSparse extent":     {header("monolithicSparse") + `RW 8 SESPARSE "flat"`, "header of flat: image is corrupt: it does not start with the header of an seSparse", block.ErrCorrupt},
+		"endless zeroes":      {flat + strings.Repeat("RW 9007199254740992 ZERO\n", 4), "more than 72057594037927936 bytes", block.ErrCorrupt},
 		"unknown extent":      {flat + `RW 8 HOLOGRAM "flat"`, `kind "HOLOGRAM", want SPARSE, FLAT, VMFS, VMFSSPARSE, SESPARSE or ZERO`, block.ErrUnsupported},
 		"seSparse":            {header("seSparse") + `RW 8 SESPARSE "cowd"`, "does not start with the header of an seSparse", block.ErrCorrupt},
 		"COWD":                {header("vmfsSparse") + `RW 8 VMFSSPARSE "flat"`, "flat does not start with the header of a sparse", block.ErrCorrupt},
