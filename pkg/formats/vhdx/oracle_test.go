@@ -232,3 +232,80 @@ func TestOracle_VHDI(t *testing.T) {
 		}
 	}
 }
+
+// TestOracle_VHDIReadsChains: libvhdi reads chains of differencing images, sector bitmaps
+// and all, as we do.
+func TestOracle_VHDIReadsChains(t *testing.T) {
+	testenv.Oracle(t, "vhdiinfo") // the library's own program
+	python := testenv.Oracle(t, "python3")
+	script, err := filepath.Abs("testdata/libvhdi_read.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sector := range []string{"512", "4096"} {
+		t.Run("sectors of "+sector, func(t *testing.T) {
+			r := testenv.Rand(t)
+			dir := t.TempDir()
+			disk := make([]byte, 9<<20+4096*7)
+			createIn(t, dir, formats.CreateRequest{
+				Name: "0.vhdx", SizeBytes: int64(len(disk)), Extra: map[string]string{"logical_sector_size": sector},
+			})
+			names := []string{"0.vhdx"}
+			for i := 1; ; i++ {
+				image := openDir(t, dir, names[i-1], vfs.ReadWrite)
+				scribbleFinely(t, r, image, disk)
+				if i == 4 {
+					if err := image.Close(); err != nil {
+						t.Fatal(err)
+					}
+					break
+				}
+				names = append(names, fmt.Sprintf("%d.vhdx", i))
+				parent, err := image.Base()
+				if err != nil {
+					t.Fatal(err)
+				}
+				createIn(t, dir, formats.CreateRequest{
+					Name: names[i], ClusterBytes: 1 << 20 << i, Parent: &formats.Parent{Name: names[i-1], Layer: parent},
+				})
+				if err := image.Close(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			run(t, dir, python, append([]string{script, "out.raw"}, names...)...)
+			got, err := os.ReadFile(filepath.Join(dir, "out.raw"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got, disk) {
+				t.Error("libvhdi reads something else")
+			}
+		})
+	}
+}
+
+// scribbleFinely makes many small changes, and a few that are whole blocks.
+func scribbleFinely(t *testing.T, r *rand.Rand, image *formats.Image, disk []byte) {
+	t.Helper()
+	for i := range 60 {
+		n := 1 + r.Int64N(9000)
+		if i%20 == 0 {
+			n = 2 << 20
+		}
+		off := r.Int64N(int64(len(disk)) - n)
+		part := disk[off : off+n]
+		var err error
+		if r.IntN(3) == 0 {
+			clear(part)
+			err = image.WriteZeroes(off, n, 0)
+		} else {
+			for j := range part {
+				part[j] = byte(r.Uint32())
+			}
+			_, err = image.WriteAt(part, off)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}

@@ -23,24 +23,24 @@ func factories() []formattest.Factory {
 	return []formattest.Factory{
 		{
 			Name: "dynamic", Format: vhdx.Format{}, QEMU: "vhdx", BeforeOracle: formattest.ReplayLog("vhdx"),
-			SizeBytes: diskBytes, Cost: 10, CanShrink: true, CanRebase: true,
+			SizeBytes: diskBytes, Cost: 20, CanShrink: true, CanRebase: true,
 			Create: formats.CreateRequest{ClusterBytes: 1 << 20},
 		},
 		{
 			Name: "differencing", Format: vhdx.Format{},
-			SizeBytes: diskBytes, Cost: 10, CanShrink: true, CanRebase: true, GranuleBytes: 512,
+			SizeBytes: diskBytes, Cost: 40, CanShrink: true, CanRebase: true, GranuleBytes: 512,
 			Create:  formats.CreateRequest{ClusterBytes: 1 << 20},
 			Overlay: &formats.CreateRequest{ClusterBytes: 1 << 20},
 		},
 		{
 			Name: "sectors-of-4096", Format: fourK{},
-			SizeBytes: 5<<20 + 3*4096, Cost: 20, CanShrink: true, CanRebase: true, GranuleBytes: 4096,
+			SizeBytes: 5<<20 + 3*4096, Cost: 60, CanShrink: true, CanRebase: true, GranuleBytes: 4096,
 			Create:  formats.CreateRequest{ClusterBytes: 1 << 20, Extra: map[string]string{"logical_sector_size": "4096"}},
 			Overlay: &formats.CreateRequest{ClusterBytes: 2 << 20},
 		},
 		{
 			Name: "fixed", Format: vhdx.Format{}, QEMU: "vhdx", BeforeOracle: formattest.ReplayLog("vhdx"),
-			SizeBytes: diskBytes, Cost: 20, CanShrink: true, CanRebase: true,
+			SizeBytes: diskBytes, Cost: 40, CanShrink: true, CanRebase: true,
 			Create: formats.CreateRequest{Subformat: "fixed", ClusterBytes: 1 << 20},
 		},
 	}
