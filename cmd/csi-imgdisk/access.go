@@ -20,6 +20,8 @@ type access struct {
 	format     string
 	forceShare bool
 	secretFile string
+	// chainFormat is the format of parents whose child does not say it; "" probes.
+	chainFormat string
 }
 
 func (a *access) addFlags(cmd *cobra.Command) {
@@ -28,6 +30,11 @@ func (a *access) addFlags(cmd *cobra.Command) {
 	a.addSecretFlag(cmd, "secret-file")
 	cmd.Flags().BoolVarP(&a.forceShare, "force-share", "U", false,
 		"do not mind that somebody else writes the image: what is seen may be out of date or inconsistent")
+}
+
+func (a *access) addChainFlag(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&a.chainFormat, "chain-format", "",
+		"format of what the image stands on, where that is not said (QCOW); found out from its contents if not given")
 }
 
 // addSecretFlag adds the flag for passwords: those on a command line are seen by everybody.
@@ -83,7 +90,11 @@ func (a *access) open(ctx context.Context, path string, mode vfs.Mode) (*openedI
 }
 
 func (a *access) options(mode vfs.Mode) formats.OpenOptions {
-	return formats.OpenOptions{Format: a.format, Mode: mode, NoLock: a.forceShare, Secret: a.secret()}
+	opts := formats.OpenOptions{Format: a.format, Mode: mode, NoLock: a.forceShare, Secret: a.secret()}
+	if a.chainFormat != "" {
+		opts.ParentFormats = map[string]string{"": a.chainFormat}
+	}
+	return opts
 }
 
 func (a *access) openWith(ctx context.Context, path string, opts formats.OpenOptions) (*openedImage, error) {

@@ -151,6 +151,32 @@ func TestCreate_OnAnotherFormat(t *testing.T) {
 	}
 }
 
+// A guest can write any header into a raw disk: where an overlay does not say the format of
+// its parent, a person can.
+func TestConvert_ChainFormat(t *testing.T) {
+	dir := t.TempDir()
+	forged := filepath.Join(dir, "forged.vmdk")
+	ok(t, "image", "create", forged, "1M")
+	base, err := os.ReadFile(forged)
+	if err != nil {
+		t.Fatal(err)
+	}
+	base = append(base, make([]byte, changeSize-len(base))...)
+	writeFile(t, filepath.Join(dir, "base"), base)
+	over := filepath.Join(dir, "over.qcow")
+	ok(t, "image", "create", "-f", "qcow", "-b", filepath.Join(dir, "base"), "-F", "raw", over)
+	out := filepath.Join(dir, "out.raw")
+	ok(t, "image", "convert", "--chain-format", "raw", over, out)
+	got, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, base) {
+		t.Error("the raw parent was taken for something else")
+	}
+	ok(t, "image", "compare", "--chain-format", "raw", "-F", "raw", over, filepath.Join(dir, "base"))
+}
+
 func TestResize_BothWays(t *testing.T) {
 	base, _ := baseAndOver()
 	all.Register()

@@ -42,6 +42,7 @@ they are, and must not be used any more.`,
 		},
 	}
 	how.addRootFlag(cmd)
+	how.addChainFlag(cmd)
 	how.addFormatFlag(cmd, "format", "f", "the image's format; found out from its contents if not given")
 	how.addSecretFlag(cmd, "secret-file")
 	cmd.Flags().StringVarP(&base, "base", "b", "", "image to write into; by default the one that FILE stands on")

@@ -44,6 +44,7 @@ could not be found out, 4 it could not be read.`,
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			a.forceShare, b.forceShare, b.root = share, share, a.root
+			b.chainFormat = a.chainFormat
 			d, err := compare(cmd, a, b, args, strict)
 			if err != nil {
 				return err
@@ -52,6 +53,7 @@ could not be found out, 4 it could not be read.`,
 		},
 	}
 	a.addRootFlag(cmd)
+	a.addChainFlag(cmd)
 	a.addFormatFlag(cmd, "format", "f", "the first image's format; found out from its contents if not given")
 	b.addFormatFlag(cmd, "second-format", "F", "the second image's format; found out from its contents if not given")
 	a.addSecretFlag(cmd, "secret-file")

@@ -69,6 +69,7 @@ exists is only replaced with --force, and not while somebody uses it.`,
 		},
 	}
 	plan.how.addRootFlag(cmd)
+	plan.how.addChainFlag(cmd)
 	plan.how.addFormatFlag(cmd, "source-format", "f", "the source's format; found out from its contents if not given")
 	plan.how.addSecretFlag(cmd, "secret-file")
 	flags := cmd.Flags()

@@ -199,7 +199,7 @@ func TestErrors_AreOneSentence(t *testing.T) {
 		{[]string{"image", "create", "-f", "what", filepath.Join(dir, "x"), "1M"}, "want one of"},
 		{[]string{"image", "create", "--subformat", "what", filepath.Join(dir, "x.vmdk"), "1M"}, "monolithicSparse"},
 		{[]string{"image", "resize", raw, "512K"}, "--shrink"},
-		{[]string{"image", "info", escaping}, "--root"},
+		{[]string{"image", "map", escaping}, "--root"},
 		{[]string{"image", "info", "-o", "yaml", raw}, "text or json"},
 		{[]string{"serve", raw}, "socket"},
 		{[]string{"store", "list", dir}, "store"},
@@ -211,7 +211,7 @@ func TestErrors_AreOneSentence(t *testing.T) {
 			t.Errorf("%v: exit code %d, want 1 and one sentence with %q:\n%s", c.args, r.code, c.want, r.stderr)
 		}
 	}
-	ok(t, "image", "info", "--root", dir, escaping)
+	ok(t, "image", "map", "--root", dir, escaping)
 }
 
 func TestLocate_FindsTheStore(t *testing.T) {

@@ -7,7 +7,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -75,6 +74,7 @@ can be looked at. With -o json the fields are those of qemu-img info.`,
 		},
 	}
 	how.addRootFlag(cmd)
+	how.addChainFlag(cmd)
 	how.addFormatFlag(cmd, "format", "f", "the image's format; found out from its contents if not given")
 	cmd.Flags().BoolVar(&chain, "backing-chain", false, "show what it stands on, too")
 	return cmd
@@ -83,9 +83,9 @@ can be looked at. With -o json the fields are those of qemu-img info.`,
 // describeChain describes an image, and the ones below it if they are asked for. Each is
 // opened alone, so that an image whose parent is missing can be looked at.
 func describeChain(ctx context.Context, how access, path string, chain bool) ([]imageInfo, error) {
-	img, err := how.openWith(ctx, path, formats.OpenOptions{
-		Format: how.format, Mode: vfs.ReadOnly, NoLock: true, NoParents: !chain, Secret: how.anySecret(),
-	})
+	opts := how.options(vfs.ReadOnly)
+	opts.NoLock, opts.NoParents, opts.Secret = true, !chain, how.anySecret()
+	img, err := how.openWith(ctx, path, opts)
 	if err != nil {
 		return nil, err
 	}

@@ -49,6 +49,7 @@ listed, too.`,
 		},
 	}
 	how.addFlags(cmd)
+	how.addChainFlag(cmd)
 	return cmd
 }
 

@@ -53,6 +53,7 @@ compression make the new image smaller. With -o json the fields are those of qem
 		},
 	}
 	how.addRootFlag(cmd)
+	how.addChainFlag(cmd)
 	how.addFormatFlag(cmd, "format", "f", "the image's format; found out from its contents if not given")
 	how.addSecretFlag(cmd, "secret-file")
 	cmd.Flags().BoolVarP(&how.forceShare, "force-share", "U", false, "do not mind that somebody else writes the image")

@@ -47,6 +47,7 @@ and if the two do not have the same contents, the image is damaged.`,
 		},
 	}
 	how.addRootFlag(cmd)
+	how.addChainFlag(cmd)
 	how.addFormatFlag(cmd, "format", "f", "the image's format; found out from its contents if not given")
 	how.addSecretFlag(cmd, "secret-file")
 	on.addFlags(cmd, "b", "image to stand on")

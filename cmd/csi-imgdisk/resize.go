@@ -52,6 +52,7 @@ format can have.`,
 		},
 	}
 	how.addRootFlag(cmd)
+	how.addChainFlag(cmd)
 	how.addFormatFlag(cmd, "format", "f", "the image's format; found out from its contents if not given")
 	how.addSecretFlag(cmd, "secret-file")
 	cmd.Flags().BoolVar(&shrink, "shrink", false, "let data at the end be lost")

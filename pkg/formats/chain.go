@@ -1,6 +1,7 @@
 package formats
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -69,10 +70,7 @@ func (c chain) check(ctx context.Context, seen map[string]bool, name string) err
 
 // formatOf returns the name of the format of an image's parent, "" if it has to be probed.
 func (o OpenOptions) formatOf(link *engine.ParentLink) string {
-	if given := o.ParentFormats[link.Name]; given != "" {
-		return given
-	}
-	return link.Format
+	return cmp.Or(o.ParentFormats[link.Name], link.Format, o.ParentFormats[""])
 }
 
 // verifyLink checks the newest parent against the child above it.

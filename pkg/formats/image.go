@@ -19,8 +19,9 @@ type OpenOptions struct {
 	NoLock bool // look without locks, at an image somebody else may be writing
 	// NoParents opens the image alone: what its parents hold reads as zeroes.
 	NoParents bool
-	// ParentFormats names formats of images further down by file name, for parents
-	// whose child does not say; others are probed.
+	// ParentFormats names formats of images further down by file name, whatever their
+	// children say; under "", the format of those whose child does not say. Others are
+	// probed.
 	ParentFormats map[string]string
 	// Secret is asked for the passwords of encrypted images, parents included.
 	Secret Secret
