@@ -36,6 +36,7 @@ const (
 	keyUUIDModification       = "ddb.uuid.modification"
 	keyUUIDParentModification = "ddb.uuid.parentmodification"
 
+	keyFilters   = "ddb.iofilters" // of vSphere, among them the one that encrypts
 	keyCylinders = "ddb.geometry.cylinders"
 	keyHeads     = "ddb.geometry.heads"
 	keySectors   = "ddb.geometry.sectors"

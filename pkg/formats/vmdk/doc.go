@@ -41,8 +41,8 @@
 // end; other compressed extents; seSparse extents that were closed properly; images with
 // ZERO extents; extents that say RDONLY; headers with unknown flags; and images with
 // change tracking (changeTrackPath), because what we wrote would be missing from the
-// changes tracked there, and the next incremental backup would miss it. Overlays can stand
-// on all of them.
+// changes tracked there, and the next incremental backup would miss it; likewise those with
+// I/O filters of vSphere. Overlays can stand on all of them.
 //
 // Created: all of the above but seSparse and ZERO; overlays as monolithicSparse,
 // twoGbMaxExtentSparse or vmfsSparse. The order in a file is VMware's and QEMU's. All grain

@@ -328,8 +328,12 @@ func (o *opener) describe(text []byte, types ...string) error {
 	}
 	m := o.image
 	m.descriptor = d
-	if d.hasKeyPrefix("encryption.") {
+	filters, _ := d.lookup(keyFilters)
+	if d.hasKeyPrefix("encryption") || d.hasKeyPrefix("ddb.encryption") || strings.Contains(strings.ToLower(filters), "vmcrypt") {
 		return unsupported("the image is encrypted")
+	}
+	if filters != "" {
+		m.readOnly = "what is written would pass by its I/O filters, " + shorten(filters)
 	}
 	if m.createType, err = matchType(d.createType(), types); err != nil {
 		return err

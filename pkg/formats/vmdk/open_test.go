@@ -52,6 +52,8 @@ func TestOpen_RefusesDescriptor(t *testing.T) {
 		"partitions":          {header("partitionedDevice") + `RW 8 FLAT "flat" 0`, "partitions of a disk", block.ErrUnsupported},
 		"unknown type":        {header("holographic") + `RW 8 FLAT "flat" 0`, `createType "holographic", want one of`, block.ErrUnsupported},
 		"encrypted":           {flat + "encryption.keySafe = \"x\"\nRW 8 FLAT \"flat\" 0", "encrypted", block.ErrUnsupported},
+		"encryption keys":     {flat + "encryptionKeys=\"vmware:key/list/()\"\nRW 8 FLAT \"flat\" 0", "encrypted", block.ErrUnsupported},
+		"encrypting filter":   {flat + "RW 8 FLAT \"flat\" 0\nddb.iofilters = \"vmwarevmcrypt\"", "encrypted", block.ErrUnsupported},
 		"no CID":              {"version=1\ncreateType=\"monolithicFlat\"\nRW 8 FLAT \"flat\" 0", "no line CID", block.ErrCorrupt},
 		"no type":             {"version=1\nCID=1\nRW 8 FLAT \"flat\" 0", `createType ""`, block.ErrUnsupported},
 		"VirtualBox's child": {flat + "RW 8 FLAT \"flat\" 0\nddb.uuid.parent=\"b75cb268-b7a5-47db-ba37-434d072f7480\"",
@@ -137,6 +139,9 @@ func TestOpen_ReadOnly(t *testing.T) {
 	for name, change := range map[string]func(t *testing.T, fsys vfs.FS){
 		"change tracking": func(t *testing.T, fsys vfs.FS) {
 			edit(t, fsys, "a.vmdk", "ddb.adapterType", "changeTrackPath=\"a-ctk.vmdk\"\nddb.adapterType")
+		},
+		"I/O filters": func(t *testing.T, fsys vfs.FS) {
+			edit(t, fsys, "a.vmdk", "ddb.adapterType", "ddb.iofilters=\"vendor_cache\"\nddb.adapterType")
 		},
 		"extent":        func(t *testing.T, fsys vfs.FS) { edit(t, fsys, "a.vmdk", "RW 8192", "RDONLY 8192") },
 		"unknown flags": func(t *testing.T, fsys vfs.FS) { poke(t, fsys, "a.vmdk", 11, 0x80) },

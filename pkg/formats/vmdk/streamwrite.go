@@ -36,8 +36,10 @@ func (m *image) isEmptyStream() bool {
 		return false
 	}
 	s := m.extents[0].sparse
-	if path, _ := m.descriptor.lookup(keyChangeTrack); path != "" {
-		return false
+	for _, key := range []string{keyChangeTrack, keyFilters} {
+		if value, _ := m.descriptor.lookup(key); value != "" {
+			return false
+		}
 	}
 	if !s.header.footer || s.header.flags != flagNewlineTest|flagCompressed|flagMarkers || s.header.compressAlgorithm != compressDeflate {
 		return false
