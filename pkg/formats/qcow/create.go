@@ -19,11 +19,12 @@ import (
 
 const (
 	defaultClusterBytes = 64 << 10
-	// Level 2 tables are as large as a cluster; but those of images with small clusters
-	// have more entries, which keeps level 1 tables small, and those of others map no
-	// more than libqcow accepts, which is 128 MiB.
-	minDefaultL2Bits   = 12
+	// New level 2 tables are as long as a cluster, but map at most 128 MiB, which is what
+	// libqcow accepts. Images of clusters below 4 KiB would have very long level 1 tables
+	// then: theirs have 4096 entries.
 	maxDefaultMapsBits = 27
+	smallClusterBits   = 12
+	smallClusterL2Bits = 12
 
 	// maxSizeBytes is what the largest clusters and tables can map.
 	maxSizeBytes = maxL1Entries << (maxClusterBits + maxL2Bits)
@@ -188,8 +189,8 @@ func (c *creation) checkSizes() error {
 	}
 	c.header.clusterBits = uint8(shift)
 	c.header.l2Bits = uint8(min(shift-bits.TrailingZeros64(entryBytes), maxDefaultMapsBits-shift))
-	if shift < minDefaultL2Bits {
-		c.header.l2Bits = minDefaultL2Bits
+	if shift < smallClusterBits {
+		c.header.l2Bits = smallClusterL2Bits
 	}
 	return nil
 }
