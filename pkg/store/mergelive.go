@@ -228,7 +228,7 @@ func (s *Store) settleRelink(rec *Record) error {
 	if err != nil {
 		return err
 	}
-	defer layer.Close()
+	defer func() { _ = layer.Close() }() // it was only read
 	parent := ""
 	if layer.Parent != nil {
 		parent = layer.Parent.Name
