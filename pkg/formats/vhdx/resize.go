@@ -150,9 +150,16 @@ func (m *image) moveBAT(c *engine.Commit, need int64) (*region, error) {
 // undoMove gives back the space of a BAT that was not moved after all.
 func (m *image) undoMove(move *region) error {
 	if move != nil {
-		m.space.Free(int64(move.off), int64(move.length), false)
+		m.release(move.span())
 	}
 	return nil
+}
+
+// release frees a stretch of the file that nothing durable refers to any more, and gives
+// its space back if the file system can.
+func (m *image) release(s span) {
+	err := m.file.PunchHole(s.off, s.end-s.off)
+	m.space.Free(s.off, s.end-s.off, err == nil)
 }
 
 // batAtAfter returns where the BAT is after a move.
@@ -199,7 +206,7 @@ func (m *image) finishMove(move *region) {
 	*old = *move
 	m.reserved = slices.DeleteFunc(slices.Clone(m.reserved), func(s span) bool { return s == was })
 	m.reserve(move.span())
-	m.space.Free(was.off, was.end-was.off, false)
+	m.release(was)
 }
 
 // addBlocks sees to the entries of the blocks that a greater size adds: in a fixed image
@@ -247,7 +254,7 @@ func (m *image) addFixedBlocks(c *engine.Commit, bat, first, end int64) error {
 		return len(p), c.WriteAt(0, p, at-now+bat)
 	})
 	if err != nil {
-		m.space.Free(place.Off, length, false)
+		m.release(span{place.Off, place.Off + length})
 	}
 	return err
 }
@@ -329,7 +336,7 @@ func (m *image) shrink(c *engine.Commit, size int64) error {
 		return nil // the size has changed; a check finds the space that is lost
 	}
 	for _, s := range freed {
-		m.space.Free(s.off, s.end-s.off, false)
+		m.release(s)
 	}
 	return nil
 }

@@ -71,7 +71,7 @@ func (m *image) dropBitmaps(c *engine.Commit) {
 	}
 	m.claims.bitmaps = nil
 	for _, at := range freed {
-		m.space.Free(at, bitmapBytes, false)
+		m.release(span{at, at + bitmapBytes})
 	}
 }
 

@@ -22,24 +22,24 @@ const diskBytes = 5<<20 + 5*512
 func factories() []formattest.Factory {
 	return []formattest.Factory{
 		{
-			Name: "dynamic", Format: vhdx.Format{}, QEMU: "vhdx", BeforeOracle: formattest.ReplayLog("vhdx"),
+			Name: "dynamic", Format: vhdx.Format{}, Reseal: reseal, QEMU: "vhdx", BeforeOracle: formattest.ReplayLog("vhdx"),
 			SizeBytes: diskBytes, Cost: 20, CanShrink: true, CanRebase: true,
 			Create: formats.CreateRequest{ClusterBytes: 1 << 20},
 		},
 		{
-			Name: "differencing", Format: vhdx.Format{},
+			Name: "differencing", Format: vhdx.Format{}, Reseal: reseal,
 			SizeBytes: diskBytes, Cost: 40, CanShrink: true, CanRebase: true, GranuleBytes: 512,
 			Create:  formats.CreateRequest{ClusterBytes: 1 << 20},
 			Overlay: &formats.CreateRequest{ClusterBytes: 1 << 20},
 		},
 		{
-			Name: "sectors-of-4096", Format: fourK{},
+			Name: "sectors-of-4096", Format: fourK{}, Reseal: reseal,
 			SizeBytes: 5<<20 + 3*4096, Cost: 60, CanShrink: true, CanRebase: true, GranuleBytes: 4096,
 			Create:  formats.CreateRequest{ClusterBytes: 1 << 20, Extra: map[string]string{"logical_sector_size": "4096"}},
 			Overlay: &formats.CreateRequest{ClusterBytes: 2 << 20},
 		},
 		{
-			Name: "fixed", Format: vhdx.Format{}, QEMU: "vhdx", BeforeOracle: formattest.ReplayLog("vhdx"),
+			Name: "fixed", Format: vhdx.Format{}, Reseal: reseal, QEMU: "vhdx", BeforeOracle: formattest.ReplayLog("vhdx"),
 			SizeBytes: diskBytes, Cost: 40, CanShrink: true, CanRebase: true,
 			Create: formats.CreateRequest{Subformat: "fixed", ClusterBytes: 1 << 20},
 		},
