@@ -369,7 +369,11 @@ func (m *image) dropEntries(c *engine.Commit, size, was int64) (freed []span, er
 			if (index+int64(i/batEntryBytes))%(m.chunkRatio+1) == m.chunkRatio {
 				n = bitmapBytes
 			}
-			freed = append(freed, span{e.off(), e.off() + n})
+			if last := len(freed) - 1; last >= 0 && freed[last].end == e.off() {
+				freed[last].end += n
+			} else {
+				freed = append(freed, span{e.off(), e.off() + n})
+			}
 		}
 		if used {
 			if err := c.WriteAt(0, make([]byte, len(p)), m.entryAt(index)); err != nil {
