@@ -98,11 +98,15 @@ func storeRoot(dir string) string {
 	}
 }
 
-// explain adds what a person can do about an image's link that leads out of the tree.
+// explain adds what a person can do about an image's link that leads out of the tree, or is
+// refused.
 func (l *location) explain(err error) error {
+	if !errors.Is(err, fs.ErrInvalid) {
+		return err
+	}
 	text := err.Error()
 	switch {
-	case !errors.Is(err, fs.ErrInvalid) || !strings.Contains(text, "link "):
+	case !strings.Contains(text, "link "):
 	case strings.Contains(text, "it leaves the store"):
 		return fmt.Errorf("%w; an image may refer only to files in %s: --root DIR names a directory that holds them all", err, l.root)
 	case strings.Contains(text, "accepted") || strings.Contains(text, "refused"):
