@@ -163,6 +163,7 @@ func (m *image) applyTable(cluster int64, t tableChange, entries []byte) error {
 		return err
 	}
 	m.l1[ti] = uint64(t.off)
+	m.counted[ti/countedTogether]++
 	m.noteTable(t.off)
 	return nil
 }

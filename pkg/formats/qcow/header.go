@@ -21,8 +21,9 @@ const (
 	// maxNameBytes is the longest name of a backing file that QEMU takes.
 	maxNameBytes = 1023
 
-	// maxL1Entries bounds the memory for the level 1 table, to 32 MiB. With 4 KiB
-	// clusters and tables, as QEMU makes them, an image of 8 TiB needs as much.
+	// maxL1Entries bounds the memory for the level 1 table, to 32 MiB, and as much again
+	// for where its tables are. With 4 KiB clusters and tables, as QEMU makes them, an
+	// image of 8 TiB needs as much.
 	maxL1Entries = 4 << 20
 )
 

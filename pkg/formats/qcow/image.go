@@ -29,6 +29,8 @@ type image struct {
 	tableShift   uint  // log2 of the entries per level 2 table
 
 	l1 []uint64 // file offsets of level 2 tables; 0 none, badTable
+	// counted says of each countedTogether entries of l1 how many are not 0, or were not.
+	counted []uint16
 	// l2s are the offsets of the level 2 tables, sorted; fixed are the other metadata.
 	// Neither may be taken for data.
 	l2s     []int64

@@ -19,16 +19,26 @@ const (
 	// followed.
 	badTable = 1<<64 - 1
 
-	// maxTablesPerLookup bounds how many level 2 tables one Lookup walks: the mapping
-	// lock is held meanwhile.
+	// maxTablesPerLookup bounds how many level 2 tables one Lookup walks, and
+	// maxMissingSteps in how many steps it skips missing ones: the mapping lock is held
+	// meanwhile.
 	maxTablesPerLookup = 64
+	maxMissingSteps    = 4 << 10
+
+	// countedTogether is how many level 1 entries are skipped at once if all are 0.
+	countedTogether = 1 << 10
 )
 
 // judgeTables puts badTable in place of level 1 entries whose tables lie outside the file,
 // across sectors, or overlap other tables or the header, and notes where metadata is. The
 // image still opens: what the other tables hold is good, and a check can say more.
 func (m *image) judgeTables() {
-	m.l2s = make([]int64, 0, len(m.l1))
+	m.countTables()
+	tables := 0
+	for _, n := range m.counted {
+		tables += int(n)
+	}
+	m.l2s = make([]int64, 0, tables)
 	for i, at := range m.l1 {
 		if at == 0 {
 			continue
@@ -223,6 +233,33 @@ func (m *image) compressedRun(cluster int64, entry uint64, off, n int64) (engine
 	}, nil
 }
 
+// countTables makes counted anew.
+func (m *image) countTables() {
+	m.counted = make([]uint16, (len(m.l1)-1)/countedTogether+1)
+	for ti, at := range m.l1 {
+		if at != 0 {
+			m.counted[ti/countedTogether]++
+		}
+	}
+}
+
+// tablesMissing returns how many level 2 tables from ti on do not exist, as far as that is
+// quickly found.
+func (m *image) tablesMissing(ti int64) int64 {
+	n, tables := ti, int64(len(m.l1))
+	for steps := 0; n < tables && steps < maxMissingSteps; steps++ {
+		switch {
+		case n%countedTogether == 0 && m.counted[n/countedTogether] == 0:
+			n = min(n+countedTogether, tables)
+		case m.l1[n] == 0:
+			n++
+		default:
+			return n - ti
+		}
+	}
+	return n - ti
+}
+
 // alike returns how many clusters from the first on, at most want, continue its run. p are
 // the first's entry and the count-1 next ones.
 func (m *image) alike(cluster int64, first uint64, p []byte, count, want int64) int64 {
@@ -236,7 +273,7 @@ func (m *image) alike(cluster int64, first uint64, p []byte, count, want int64) 
 			if first != 0 {
 				return found
 			}
-			found += count
+			found += count + m.tablesMissing((cluster+found+count)>>m.tableShift)<<m.tableShift
 		}
 		for ; len(p) > 0; p = p[entryBytes:] {
 			if binary.BigEndian.Uint64(p) != expect || found == want {

@@ -59,6 +59,7 @@ func (m *image) grow(c *engine.Commit, h header) error {
 	}
 	m.sizeBytes = int64(h.size)
 	m.l1 = append(m.l1, make([]uint64, int(h.l1Entries())-len(m.l1))...)
+	m.countTables()
 	m.noteFixed()
 	m.freeFixed(old)
 	if replaced.Len > 0 {
@@ -254,6 +255,7 @@ func (m *image) shrink(c *engine.Commit, h header) error {
 	m.sizeBytes = int64(h.size)
 	gone := m.l1[h.l1Entries():]
 	m.l1 = m.l1[:h.l1Entries():h.l1Entries()]
+	m.countTables()
 	for _, at := range gone {
 		if at == 0 || at == badTable {
 			continue

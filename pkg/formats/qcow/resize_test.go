@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -310,4 +311,43 @@ func TestSetParent_NameTooLong(t *testing.T) {
 	expectRefused(t, err, block.ErrInvalid, "1023")
 	mustClose(t, image)
 	expectParent(t, fsys, "a.qcow")
+}
+
+// TestLookup_MissingTables: of an image with few tables among very many that are missing, what
+// is said is right, and said at once.
+func TestLookup_MissingTables(t *testing.T) {
+	const span = 32 << 10 // what a table maps
+	fsys := vfs.NewMem()
+	create(t, fsys, formats.CreateRequest{
+		Name: "a.qcow", SizeBytes: 3000 * span, ClusterBytes: 512, Extra: map[string]string{"l2_bits": "6"},
+	})
+	image := mustOpen(t, fsys, "a.qcow", vfs.ReadWrite)
+	tables := []int64{0, 5, 1023, 1024, 2047, 2999}
+	for reopened := range 2 {
+		for _, ti := range tables {
+			mustWrite(t, image, ti*span+1024, []byte{1})
+		}
+		var data []int64
+		calls := 0
+		for off := int64(0); off < 3000*span; calls++ {
+			e, err := image.Map(off, 3000*span-off)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if e.State == block.Data {
+				if e.Len != 512 || (e.Off-1024)%span != 0 {
+					t.Errorf("data at %+v", e)
+				}
+				data = append(data, e.Off/span)
+			}
+			off += e.Len
+		}
+		if !slices.Equal(data, tables) || calls > 3*len(tables) {
+			t.Errorf("data in tables %v after %d calls, want %v", data, calls, tables)
+		}
+		mustClose(t, image)
+		if reopened == 0 {
+			image = mustOpen(t, fsys, "a.qcow", vfs.ReadWrite)
+		}
+	}
 }
