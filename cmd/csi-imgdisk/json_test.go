@@ -154,6 +154,35 @@ func measureArgs(l layout, source string) []string {
 	return args
 }
 
+// Of a chain of several formats, every layer is described as qemu-img does.
+func TestJSON_Chain(t *testing.T) {
+	qemuImg, qemuIO := testenv.Oracle(t, "qemu-img"), testenv.Oracle(t, "qemu-io")
+	dir := t.TempDir()
+	path := func(name string) string { return filepath.Join(dir, name) }
+	tool(t, qemuImg, "create", "-q", "-f", "raw", path("base.raw"), "8M")
+	tool(t, qemuIO, "-f", "raw", "-c", "write -P 1 1M 2M", path("base.raw"))
+	tool(t, qemuImg, "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", path("middle.qcow2"))
+	tool(t, qemuIO, "-c", "write -P 2 2M 2M", "-c", "write -z 5M 1M", path("middle.qcow2"))
+	tool(t, qemuImg, "create", "-q", "-f", "qcow2", "-b", "middle.qcow2", "-F", "qcow2", path("top.qcow2"))
+	tool(t, qemuIO, "-c", "write -P 3 0 64k", path("top.qcow2"))
+	want := decode[[]map[string]any](t, tool(t, qemuImg, "info", "--backing-chain", "--output=json", path("top.qcow2")))
+	got := decode[[]map[string]any](t, ok(t, "image", "info", "--backing-chain", "-o", "json", path("top.qcow2")))
+	if len(got) != len(want) {
+		t.Fatalf("%d layers, want %d", len(got), len(want))
+	}
+	for i := range want {
+		sameFields(t, "info", got[i], want[i], "format-specific")
+	}
+	wantMap := decode[[]map[string]any](t, tool(t, qemuImg, "map", "--output=json", path("top.qcow2")))
+	gotMap := decode[[]map[string]any](t, ok(t, "image", "map", "-o", "json", path("top.qcow2")))
+	if len(gotMap) != len(wantMap) {
+		t.Fatalf("%d extents, qemu-img has %d: %v, %v", len(gotMap), len(wantMap), gotMap, wantMap)
+	}
+	for i := range wantMap {
+		sameFields(t, "map", gotMap[i], wantMap[i])
+	}
+}
+
 // Internal snapshots are listed as qemu-img info has them.
 func TestJSON_Snapshots(t *testing.T) {
 	qemuImg := testenv.Oracle(t, "qemu-img")
