@@ -130,6 +130,9 @@ func (m *image) isFree(off, n int64) bool {
 	if off < headerSection || off > m.fileEnd-n {
 		return false
 	}
+	if last := m.reserved[len(m.reserved)-1]; off >= last.end {
+		return true // as a rule everything reserved comes first
+	}
 	i := sort.Search(len(m.reserved), func(i int) bool { return m.reserved[i].end > off })
 	return i == len(m.reserved) || m.reserved[i].off >= off+n
 }

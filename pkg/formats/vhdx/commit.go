@@ -13,9 +13,6 @@ import (
 // Begin applies what the log holds, and gives the image new write GUIDs and an empty log
 // of its own. It happens once after opening.
 func (m *image) Begin(c *engine.Commit) error {
-	if m.damage != nil {
-		return fmt.Errorf("vhdx: the image is only read: %w", m.damage)
-	}
 	if err := m.begin(c); err != nil {
 		return fmt.Errorf("vhdx: %w", err)
 	}
@@ -23,6 +20,9 @@ func (m *image) Begin(c *engine.Commit) error {
 }
 
 func (m *image) begin(c *engine.Commit) error {
+	if err := m.makeSpace(); err != nil {
+		return err
+	}
 	if err := m.settle(c); err != nil {
 		return err
 	}

@@ -24,10 +24,9 @@ type image struct {
 	sectorShift uint
 	chunkRatio  int64 // blocks per sector bitmap
 
-	fileEnd int64 // nothing of the image lies past it
-	space   *engine.Space
-	damage  error // why the image cannot be written to: nil if it can
-	torn    bool  // the headers say that there is something in the log, but there is not
+	fileEnd int64         // nothing of the image lies past it
+	space   *engine.Space // nil before the first change
+	torn    bool          // the headers say that there is something in the log, but there is not
 	claims  blockClaims
 
 	// What only Begin, Commit, Resize, SetParent, Finish and Check use, which the

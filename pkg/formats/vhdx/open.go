@@ -47,11 +47,6 @@ func openFile(req formats.OpenRequest, f vfs.File) (*engine.Layer, error) {
 	if layer.Parent, err = req.Link(m.parentLink(req.Name)); err != nil {
 		return nil, err
 	}
-	if layer.Writable {
-		if err := m.makeSpace(); err != nil {
-			return nil, err
-		}
-	}
 	layer.Codec = m
 	return layer, nil
 }
@@ -146,8 +141,12 @@ func (m *image) readLog() error {
 // maxFileBytes bounds the map of a file's space: 32 MiB of memory.
 const maxFileBytes = 256 << 40
 
-// makeSpace finds out which space of the file is free.
+// makeSpace finds out which space of the file is free, before the first change. An image
+// whose table is damaged is not changed.
 func (m *image) makeSpace() error {
+	if m.space != nil {
+		return nil
+	}
 	if m.fileEnd > maxFileBytes {
 		return unsupported("a file of %d bytes, want at most %d to write to", m.fileEnd, int64(maxFileBytes))
 	}
@@ -155,10 +154,10 @@ func (m *image) makeSpace() error {
 	if err != nil {
 		return err
 	}
-	m.space = engine.NewSpace(m.file, 0, max(m.fileEnd, used.end), mib, 0)
-	if m.damage = used.damage; m.damage != nil {
-		return nil // nothing will be written
+	if used.damage != nil {
+		return fmt.Errorf("the image is only read: %w", used.damage)
 	}
+	m.space = engine.NewSpace(m.file, 0, max(m.fileEnd, used.end), mib, 0)
 	asked := 0
 	used.eachFree(func(s span) {
 		isHole := false

@@ -22,7 +22,7 @@ func newUsage(size int64) *usage {
 // already. What lies past the end of the file cannot be shared: bad entries are found by
 // their place.
 func (u *usage) mark(s span) bool {
-	first, end := s.off/mib, min(alignUp(s.end, mib)/mib, int64(len(u.words))*64)
+	first, end := s.off/mib, min((s.end+mib-1)/mib, int64(len(u.words))*64)
 	for i := first; i < end; i++ {
 		if u.words[i/64]&(1<<(i%64)) != 0 {
 			return false
@@ -96,16 +96,20 @@ func (m *image) eachEntry(s scanner) error {
 }
 
 func (m *image) tellEntries(s scanner, index int64, p []byte) error {
-	for ; len(p) > 0; p, index = p[batEntryBytes:], index+1 {
+	chunk, i := index/(m.chunkRatio+1), index%(m.chunkRatio+1)
+	blocks := m.blocks(m.meta.sizeBytes)
+	for ; len(p) > 0; p, i = p[batEntryBytes:], i+1 {
+		if i > m.chunkRatio {
+			chunk, i = chunk+1, 0
+		}
 		e := batEntry(binary.LittleEndian.Uint64(p))
 		if e == 0 {
 			continue
 		}
-		chunk, i := index/(m.chunkRatio+1), index%(m.chunkRatio+1)
 		var err error
 		if block := chunk*m.chunkRatio + i; i == m.chunkRatio {
 			err = s.bitmap(chunk, e)
-		} else if block < m.blocks(m.meta.sizeBytes) {
+		} else if block < blocks {
 			err = s.payload(block, e)
 		}
 		if err != nil {
