@@ -24,12 +24,14 @@ func (m *image) Describe() engine.Description {
 	add("refcount-bits", int64(1)<<h.refcountOrder)
 	if h.version >= 3 {
 		add("corrupt", h.incompatible&incompatCorrupt != 0)
-		add("dirty", h.incompatible&incompatDirty != 0)
 		add("extended-l2", h.extended())
 	}
 	if m.dataFile != 0 {
 		add("data-file", m.layer.Files[m.dataFile].Name())
 		add("data-file-raw", h.rawData())
+	}
+	if h.incompatible&incompatDirty != 0 {
+		add("dirty-flag", true)
 	}
 	if len(m.bitmaps) > 0 {
 		add("bitmaps", m.describeBitmaps())

@@ -58,7 +58,7 @@ func factories() []formattest.Factory {
 		shared,
 	}
 	for i := range kinds[1:] {
-		kinds[1+i].Cost = 4 // what they share is tested by the first
+		kinds[1+i].Cost = 8 // what they share is tested by the first
 	}
 	return kinds
 }
