@@ -175,6 +175,7 @@ func (s *sparse) applySet() (unused []engine.Span, err error) {
 // written. New tables are written as a whole, and named in the directories.
 func (s *sparse) applyTable(grain int64, t tableCopies, entries []byte) error {
 	ti := grain >> s.tableShift
+	s.noteWritten(ti)
 	if t.redundant != 0 {
 		if err := s.applyCopy(grain, t.redundant, t.newRedundant, s.header.rgdOffset, entries); err != nil {
 			return err

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"fmt"
 	"testing"
+	"time"
 
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
@@ -103,4 +105,48 @@ func BenchmarkLookup(b *testing.B) {
 			}
 		})
 	}
+}
+
+// A long run of nothing is found out by where the file has holes, and ends where a table
+// has an entry, in the file or in memory.
+func TestLookup_Holes(t *testing.T) {
+	const size = 1 << 40
+	fsys := vfs.NewMem()
+	memCreate(t, fsys, formats.CreateRequest{Name: "a.vmdk", SizeBytes: size, ClusterBytes: smallGrain})
+	image := memOpen(t, fsys, "a.vmdk", vfs.ReadWrite)
+	wantMap := func(off, length int64) {
+		t.Helper()
+		began := time.Now()
+		if e, err := image.Map(off, size-off); err != nil || e.State != block.Unallocated || e.Len != length {
+			t.Errorf("at %d is %+v, %v; want %d bytes of nothing", off, e, err, length)
+		}
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("it took %v to find that out", took)
+		}
+	}
+	wantMap(0, size)
+	wantMap(123<<20, size-123<<20)
+	marks := []int64{700 << 30, 300<<30 + 5*smallGrain, 300 << 30, 64 << 20}
+	for _, at := range marks { // first in memory only, then in the file, with others in memory
+		if _, err := image.WriteAt([]byte{1}, at); err != nil {
+			t.Fatal(err)
+		}
+		wantMap(0, at)
+		if err := image.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		wantMap(0, at)
+	}
+	wantMap(300<<30+smallGrain, 4*smallGrain)
+	wantMap(700<<30+smallGrain, size-(700<<30+smallGrain))
+	if err := image.Discard(300<<30, 6*smallGrain); err != nil {
+		t.Fatal(err)
+	}
+	wantMap(64<<20+smallGrain, 700<<30-(64<<20+smallGrain))
+	if err := image.Close(); err != nil {
+		t.Fatal(err)
+	}
+	image = memOpen(t, fsys, "a.vmdk", vfs.ReadOnly)
+	wantMap(0, 64<<20)
+	wantMap(64<<20+smallGrain, 700<<30-(64<<20+smallGrain))
 }

@@ -14,9 +14,10 @@ import (
 
 // opener opens one image; what it has opened so far is in files.
 type opener struct {
-	req   formats.OpenRequest
-	files []vfs.File
-	image *image
+	req    formats.OpenRequest
+	files  []vfs.File
+	image  *image
+	tables uint64 // grain tables of all sparse extents, whose directories are in memory
 }
 
 // Open opens an image: a file with an embedded descriptor, or a descriptor file and the
@@ -289,6 +290,9 @@ func (o *opener) addSparse(f vfs.File, size int64, line *extentLine) error {
 	sectors := uint64(line.sectors)
 	if sectors > h.wholeGrains(h.capacity) {
 		return corrupt("the descriptor gives it %d sectors, its header %d", sectors, h.capacity)
+	}
+	if o.tables += h.grainTables(); o.tables > maxGrainTables {
+		return corrupt("the extents up to it have %d grain tables, want at most %d", o.tables, maxGrainTables)
 	}
 	start := o.guestEnd()
 	s, err := newSparse(f, len(o.files)-1, h, size, start, int64(sectors)*sectorBytes)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io/fs"
 	"strings"
 	"testing"
@@ -455,3 +456,18 @@ func TestMeasure_Full(t *testing.T) {
 }
 
 func vmdkSubformats() []string { return vmdk.Format{}.Options().Subformats }
+
+// Directories are in memory, and many files could have large ones.
+func TestOpen_BoundsDirectories(t *testing.T) {
+	fsys := vfs.NewMem()
+	text := header("twoGbMaxExtentSparse")
+	for i := range 3 {
+		name := fmt.Sprintf("e%d.vmdk", i)
+		memCreate(t, fsys, formats.CreateRequest{Name: name, SizeBytes: 1 << 40, ClusterBytes: 4 << 10})
+		text += fmt.Sprintf("RW %d SPARSE %q\n", 1<<40/512, name)
+	}
+	addFile(t, fsys, "a.vmdk", []byte(text))
+	if _, err := memTryOpen(fsys, "a.vmdk", vfs.ReadOnly); !errors.Is(err, block.ErrCorrupt) || !strings.Contains(err.Error(), "1572864 grain tables, want at most 1048576") {
+		t.Errorf("error %v, want %v", err, block.ErrCorrupt)
+	}
+}

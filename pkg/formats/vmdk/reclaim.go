@@ -2,7 +2,9 @@ package vmdk
 
 import (
 	"context"
+	"errors"
 
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 )
 
@@ -20,7 +22,9 @@ func (s *sparse) reclaim() error {
 		return nil
 	}
 	k := checker{ctx: context.Background(), sparse: s, result: new(engine.CheckResult), step: func() {}}
-	if err := k.scan(); err != nil {
+	if err := k.scan(); errors.Is(err, block.ErrUnsupported) {
+		return nil // the file is too long to be looked through; it is written at its end
+	} else if err != nil {
 		return err
 	}
 	if k.result.Corruptions > 0 {

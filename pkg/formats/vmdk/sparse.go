@@ -3,6 +3,7 @@ package vmdk
 import (
 	"encoding/binary"
 	"fmt"
+	"io"
 	"math/bits"
 	"slices"
 	"sort"
@@ -21,6 +22,10 @@ const (
 	// maxTablesPerLookup bounds how many grain tables one Lookup walks: the mapping
 	// lock is held meanwhile.
 	maxTablesPerLookup = 64
+
+	// tablesBeforeHoles is how many of them are walked before the file is asked for holes,
+	// which may cost a request to a server.
+	tablesBeforeHoles = 8
 )
 
 // Stages of a commit: a directory must not name a table that is not there yet.
@@ -52,6 +57,8 @@ type sparse struct {
 	space  *engine.Space // nil if the image cannot be written
 	spare  engine.Span   // space for grain tables not used yet
 	plan   change        // scratch of prepareSet
+
+	written []uint64 // bits of the tables that were changed since the image was opened
 }
 
 // sectorSpan is a stretch of a file in sectors.
@@ -319,7 +326,7 @@ func (s *sparse) alike(grain int64, first uint32, p []byte, count, want int64) (
 	if first != gteAbsent && (first != gteZero || !s.hasZeroGrains()) {
 		step = uint32(s.header.grainSize)
 	}
-	found, expect := int64(0), first
+	found, expect, asked := int64(0), first, false
 	for walked := 0; ; walked++ {
 		if p == nil {
 			if first != gteAbsent {
@@ -334,6 +341,10 @@ func (s *sparse) alike(grain int64, first uint32, p []byte, count, want int64) (
 			found++
 			expect += step
 		}
+		if !asked && walked >= tablesBeforeHoles && first == gteAbsent && (grain+found)&(s.grainsPerTable()-1) == 0 {
+			found += s.holes(grain + found)
+			asked = true
+		}
 		if found >= want || walked == maxTablesPerLookup {
 			return min(found, want), nil
 		}
@@ -342,6 +353,41 @@ func (s *sparse) alike(grain int64, first uint32, p []byte, count, want int64) (
 			return found, nil // whoever asks for those bytes is told
 		}
 	}
+}
+
+// holes returns how many grains from the first of a table on are absent because their
+// tables are a hole in the file: 0 if that is not known. Tables lie there in order.
+func (s *sparse) holes(grain int64) int64 {
+	first := grain >> s.tableShift
+	if first >= int64(len(s.gd)) || s.gd[first] == 0 || s.gd[first] == badTable {
+		return 0
+	}
+	start := int64(s.gd[first]) * sectorBytes
+	data, _, err := s.f.NextData(start)
+	switch {
+	case err == io.EOF:
+		data = s.fileEnd
+	case err != nil:
+		return 0
+	}
+	ti := first
+	for at := start; at+s.tableBytes() <= data && ti < int64(len(s.gd)) && int64(s.gd[ti])*sectorBytes == at && !s.isWritten(ti); ti++ {
+		at += s.tableBytes()
+	}
+	return (ti - first) << s.tableShift
+}
+
+// isWritten reports whether a table was changed since the image was opened: then what the
+// file holds need not be what counts.
+func (s *sparse) isWritten(ti int64) bool {
+	return ti/64 < int64(len(s.written)) && s.written[ti/64]&(1<<(ti%64)) != 0
+}
+
+func (s *sparse) noteWritten(ti int64) {
+	if need := len(s.gd)/64 + 1; len(s.written) < need {
+		s.written = append(s.written, make([]uint64, need-len(s.written))...)
+	}
+	s.written[ti/64] |= 1 << (ti % 64)
 }
 
 // granule is Codec.Granule within the extent.
