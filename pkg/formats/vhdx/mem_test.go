@@ -427,3 +427,100 @@ func TestNoLog(t *testing.T) {
 		t.Errorf("check: %s", p.Text)
 	}
 }
+
+// An image becomes as long as was measured when all of it is written, and a new one is as
+// long as was measured for no data.
+func TestMeasure(t *testing.T) {
+	for name, req := range map[string]formats.CreateRequest{
+		"dynamic":      {ClusterBytes: 1 << 20},
+		"large blocks": {ClusterBytes: 16 << 20},
+		"fixed":        {Subformat: "fixed"},
+		"long log":     {Extra: map[string]string{"log_size": "3145728"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			mem := vfs.NewMem()
+			req.Name, req.SizeBytes = "a.vhdx", 9<<20+512
+			for _, data := range []int64{0, req.SizeBytes} {
+				want, err := vhdx.Format{}.Measure(req, data)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if data == 0 {
+					mustCreate(t, mem, req)
+				} else {
+					fillAll(t, mem)
+				}
+				if got := int64(len(readFile(t, mem, "a.vhdx"))); got != want {
+					t.Errorf("with %d bytes of data it has %d bytes, measured were %d", data, got, want)
+				}
+			}
+		})
+	}
+}
+
+// fillAll writes to all of a.vhdx.
+func fillAll(t *testing.T, fsys vfs.FS) {
+	t.Helper()
+	image := mustOpen(t, fsys, "a.vhdx", vfs.ReadWrite)
+	if _, err := image.WriteAt(bytes.Repeat([]byte("x"), int(image.Info().SizeBytes)), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := image.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestCreate_Refuses(t *testing.T) {
+	mem := newSmall(t)
+	image := mustOpen(t, mem, "a.vhdx", vfs.ReadOnly)
+	parent := &formats.Parent{Name: "a.vhdx", Layer: image.Layers()[0]}
+	odd := &formats.Parent{Name: `a\b.vhdx`, Layer: image.Layers()[0]}
+	for want, req := range map[string]formats.CreateRequest{
+		"size 0":                {},
+		"size 1000":             {SizeBytes: 1000},
+		"size 70368744178176":   {SizeBytes: 64<<40 + 512},
+		"multiple of the secto": {SizeBytes: 512 * 9, Extra: map[string]string{"logical_sector_size": "4096"}},
+		"cluster size 524288":   {SizeBytes: 1 << 20, ClusterBytes: 512 << 10},
+		"cluster size 3145728":  {SizeBytes: 1 << 20, ClusterBytes: 3 << 20},
+		"cluster size 53687091": {SizeBytes: 1 << 20, ClusterBytes: 512 << 20},
+		"subformat \"thin\"":    {SizeBytes: 1 << 20, Subformat: "thin"},
+		"subformat \"differenc": {SizeBytes: 1 << 20, Subformat: "differencing"},
+		"subformat \"fixed\"":   {Subformat: "fixed", Parent: parent},
+		"would hide its parent": {Preallocation: formats.PreallocateFull, Parent: parent},
+		"without backslashes":   {Parent: odd},
+		"as the parent has":     {Parent: parent, Extra: map[string]string{"logical_sector_size": "4096"}},
+		"preallocation \"some":  {SizeBytes: 1 << 20, Preallocation: "some"},
+		"log_size 1000":         {SizeBytes: 1 << 20, Extra: map[string]string{"log_size": "1000"}},
+		"log_size \"1M\"":       {SizeBytes: 1 << 20, Extra: map[string]string{"log_size": "1M"}},
+		"option \"color\"":      {SizeBytes: 1 << 20, Extra: map[string]string{"color": "1"}},
+	} {
+		req.FS, req.Name = mem, "new.vhdx"
+		err := vhdx.Format{}.Create(context.Background(), req)
+		if !errors.Is(err, block.ErrInvalid) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v: error %v, want one that says %q", req, err, want)
+		}
+		if _, err := mem.Stat("new.vhdx"); err == nil {
+			t.Errorf("%+v: there is a file", req)
+		}
+	}
+}
+
+// A child is refused on a parent that was written to since, and on another image.
+func TestVerifyParent(t *testing.T) {
+	mem := newSmall(t)
+	parent := mustOpen(t, mem, "a.vhdx", vfs.ReadOnly)
+	mustCreate(t, mem, formats.CreateRequest{Name: "child.vhdx", Parent: &formats.Parent{Name: "a.vhdx", Layer: parent.Layers()[0]}})
+	parent.Close()
+	mustOpen(t, mem, "child.vhdx", vfs.ReadOnly).Close()
+	image := mustOpen(t, mem, "a.vhdx", vfs.ReadWrite)
+	if _, err := image.WriteAt([]byte("x"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := image.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err := formats.Open(context.Background(), mem, "child.vhdx", formats.OpenOptions{Format: "vhdx"})
+	if !errors.Is(err, block.ErrCorrupt) || !strings.Contains(err.Error(), "was written to after its child was made") {
+		t.Errorf("error %v", err)
+	}
+}

@@ -43,6 +43,12 @@ func factories() []formattest.Factory {
 			SizeBytes: diskBytes, Cost: 40, CanShrink: true, CanRebase: true,
 			Create: formats.CreateRequest{Subformat: "fixed", ClusterBytes: 1 << 20},
 		},
+		{
+			Name: "on-a-shorter-parent", Format: vhdx.Format{}, Reseal: reseal,
+			SizeBytes: diskBytes, Cost: 80, CanShrink: true, CanRebase: true, GranuleBytes: 512,
+			Overlay: &formats.CreateRequest{ClusterBytes: 1 << 20},
+			Base:    &formattest.Base{Format: vhdx.Format{}, SizeBytes: 3<<20 + 512, Create: formats.CreateRequest{ClusterBytes: 2 << 20}},
+		},
 	}
 }
 
