@@ -37,6 +37,7 @@ type checker struct {
 	done, total int64
 	lastHost    int64 // of the guest cluster before, to count fragments
 	table       []byte
+	changed     bool // table is to be written
 }
 
 func (k *checker) report(p engine.Problem) {
@@ -211,13 +212,28 @@ func (k *checker) walk(who string, l1 []uint64, visit func(who string, cluster i
 		if err := m.tables.Read(0, off, k.table); err != nil {
 			return err
 		}
+		k.changed = false
 		for j := int64(0); j < 1<<m.l2Bits; j++ {
 			if err := visit(who, int64(i)<<m.l2Bits+j, m.at(k.table[j<<m.entryShift:])); err != nil {
 				return err
 			}
 		}
+		if err := k.writeTable(off); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// writeTable writes a table that has changed, after what it refers to now.
+func (k *checker) writeTable(off int64) error {
+	if !k.changed {
+		return nil
+	}
+	if err := k.commit.Sync(); err != nil {
+		return err
+	}
+	return k.commit.WriteAt(0, k.table, off)
 }
 
 func (k *checker) step() error {
@@ -232,6 +248,12 @@ func (k *checker) step() error {
 func (k *checker) countEntry(who string, cluster int64, e entry) error {
 	if !e.compressed() && e.descriptor == 0 && e.bitmap == 0 {
 		return nil
+	}
+	if k.overlapsMetadata(e) {
+		var err error
+		if e, err = k.copyOut(cluster, e); err != nil {
+			return err
+		}
 	}
 	host, ok, err := k.countHost(who, cluster, e)
 	if !ok || err != nil {

@@ -641,6 +641,12 @@ func TestOracle_Repair(t *testing.T) {
 			l2 := be.Uint64(p[be.Uint64(p[40:]):]) & (1<<56 - 1)
 			copy(p[l2+8:l2+16], p[l2:l2+8])
 		},
+		"data where metadata is": func(p []byte, _ *rand.Rand) {
+			l2 := be.Uint64(p[be.Uint64(p[40:]):]) & (1<<56 - 1)
+			be.PutUint64(p[l2+8:], be.Uint64(p[be.Uint64(p[48:]):])|1<<63)
+			be.PutUint64(p[l2+16:], l2|1<<63)
+			be.PutUint64(p[l2+24:], 1<<63|be.Uint64(p[48:]))
+		},
 		"corrupt bit": func(p []byte, _ *rand.Rand) { p[79] |= 2 },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -670,7 +676,14 @@ func TestOracle_Repair(t *testing.T) {
 			} else if result := checkWith(t, dir, "a.qcow2", false); result.Corruptions == 0 {
 				t.Fatalf("check finds nothing: %+v", result)
 			}
-			checkWith(t, dir, "a.qcow2", true)
+			if result := checkWith(t, dir, "a.qcow2", true); result.Corruptions > 0 {
+				t.Errorf("repair: %+v", result)
+			}
+			if name == "data where metadata is" { // those clusters are lost, and no others
+				image = mustOpen(t, dir, "a.qcow2", vfs.ReadOnly)
+				copy(disk[4<<10:16<<10], readGuest(t, image)[4<<10:])
+				mustClose(t, image)
+			}
 			judge(t, dir, "a.qcow2", disk)
 			image = mustOpen(t, dir, "a.qcow2", vfs.ReadWrite)
 			scribble(t, r, image, disk, 20)

@@ -2,10 +2,40 @@ package qcow2
 
 import (
 	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
 	"slices"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 )
+
+// overlapsMetadata reports whether a guest cluster lies where metadata is, and a repair can
+// do something about it.
+func (k *checker) overlapsMetadata(e entry) bool {
+	m := k.image
+	host := e.host()
+	return k.commit != nil && !e.compressed() && m.dataFile == 0 && host != 0 && host&(m.clusterBytes-1) == 0 &&
+		host < m.fileEnd && m.metadata.has(host>>m.clusterBits)
+}
+
+// copyOut gives a guest cluster that lies where metadata is a place of its own, at the end of
+// the file, with what it reads as now: the metadata. What was there before is lost already.
+func (k *checker) copyOut(cluster int64, e entry) (entry, error) {
+	m := k.image
+	p := make([]byte, m.clusterBytes)
+	// The file may end within its last cluster.
+	if n, err := m.f.ReadAt(p, e.host()); n < len(p) && err != io.EOF {
+		return e, fmt.Errorf("read %d bytes at %#x of %s: %w", len(p), e.host(), m.f.Name(), err)
+	}
+	k.corruption(true, "%v; it has a place of its own now, with the metadata's bytes", m.badEntry(cluster, e, "where metadata is"))
+	e.descriptor = e.descriptor&^offsetMask | uint64(m.fileEnd) | flagCopied
+	binary.BigEndian.PutUint64(k.table[cluster&(1<<m.l2Bits-1)<<m.entryShift:], e.descriptor)
+	k.changed = true
+	err := k.commit.WriteAt(0, p, m.fileEnd)
+	m.fileEnd += m.clusterBytes
+	return e, err
+}
 
 // rebuild makes a new refcount table and new refcount blocks from what was counted, behind
 // everything else, and then has the header name them. The old ones are free from then on.
