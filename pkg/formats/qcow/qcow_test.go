@@ -38,6 +38,11 @@ func factories() []formattest.Factory {
 			Overlay: &formats.CreateRequest{ClusterBytes: 2 << 10, Extra: encrypted},
 		},
 		{
+			// Alone, so that QEMU judges what crashes leave, too.
+			Name: "encrypted-base", Format: qcow.Format{}, QEMU: "qcow", QEMUCrypt: "aes", CanShrink: true, Secret: secret,
+			Create: formats.CreateRequest{ClusterBytes: 4 << 10, Extra: encrypted}, Cost: 2,
+		},
+		{
 			Name: "on-raw", Format: qcow.Format{}, QEMU: "qcow", Compressed: true, CanShrink: true, CanRebase: true,
 			SizeBytes: 80<<10 + 512,
 			Overlay:   &formats.CreateRequest{ClusterBytes: 4 << 10},
