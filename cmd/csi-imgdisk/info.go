@@ -39,7 +39,7 @@ type formatSpecific struct {
 
 // Details that qemu-img shows beside the other facts, not as the format's own.
 const (
-	dirtyDetail      = "dirty" // as dirty-flag
+	dirtyDetail      = "dirty-flag"
 	encryptedDetail  = "encrypted"
 	compressedDetail = "compressed"
 	snapshotsDetail  = "snapshots"

@@ -183,6 +183,23 @@ func TestJSON_Chain(t *testing.T) {
 	}
 }
 
+// A lazy image whose writer died is dirty.
+func TestJSON_DirtyFlag(t *testing.T) {
+	qemuImg, qemuIO := testenv.Oracle(t, "qemu-img"), testenv.Oracle(t, "qemu-io")
+	image := filepath.Join(t.TempDir(), "image.qcow2")
+	tool(t, qemuImg, "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", image, "4M")
+	for _, want := range []bool{false, true} {
+		if want {
+			_ = exec.Command(qemuIO, "-c", "write 0 64k", "-c", "flush", "-c", "abort", image).Run() // it dies
+		}
+		theirs := decode[imageInfo](t, tool(t, qemuImg, "info", "--output=json", image))
+		ours := decode[imageInfo](t, ok(t, "image", "info", "-o", "json", image))
+		if theirs.DirtyFlag != want || ours.DirtyFlag != want {
+			t.Errorf("dirty: %v, qemu-img says %v, want %v", ours.DirtyFlag, theirs.DirtyFlag, want)
+		}
+	}
+}
+
 // Internal snapshots are listed as qemu-img info has them.
 func TestJSON_Snapshots(t *testing.T) {
 	qemuImg := testenv.Oracle(t, "qemu-img")
