@@ -3,6 +3,7 @@ package engine
 import (
 	"fmt"
 	"io"
+	"sync"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
@@ -162,16 +163,47 @@ func readFile(f vfs.File, p []byte, off int64) error {
 
 const cipherSector = 512
 
-// readCiphered reads whole sectors around a range and decrypts them.
+// cipherBytes is how much is encrypted or decrypted at once: what one buffer holds.
+const cipherBytes = 64 << 10
+
+var cipherBuffers = sync.Pool{New: func() any { return new([cipherBytes]byte) }}
+
+// readCiphered reads a range and decrypts it: whole sectors where they are to be, those at the
+// edges beside it.
 func readCiphered(l *Layer, run Run, p []byte, off int64) error {
-	head := off % cipherSector
-	buf := make([]byte, alignUp(head+int64(len(p)), cipherSector))
-	if err := readFile(l.Files[run.File], buf, run.FileOff-head); err != nil {
-		return err
+	f, fileOff := l.Files[run.File], run.FileOff
+	if head := off % cipherSector; head != 0 || len(p) < cipherSector {
+		n, err := readSector(l, f, p, off, fileOff)
+		if err != nil {
+			return err
+		}
+		p, off, fileOff = p[n:], off+int64(n), fileOff+int64(n)
 	}
-	l.geometry.Cipher.Decrypt(buf, off-head)
-	copy(p, buf[head:])
-	return nil
+	whole := len(p) / cipherSector * cipherSector
+	if whole > 0 {
+		if err := readFile(f, p[:whole], fileOff); err != nil {
+			return err
+		}
+		l.geometry.Cipher.Decrypt(p[:whole], off)
+	}
+	if whole == len(p) {
+		return nil
+	}
+	_, err := readSector(l, f, p[whole:], off+int64(whole), fileOff+int64(whole))
+	return err
+}
+
+// readSector fills what of p lies in the sector around off, and returns how much.
+func readSector(l *Layer, f vfs.File, p []byte, off, fileOff int64) (int, error) {
+	head := off % cipherSector
+	buf := cipherBuffers.Get().(*[cipherBytes]byte)
+	defer cipherBuffers.Put(buf)
+	sector := buf[:cipherSector]
+	if err := readFile(f, sector, fileOff-head); err != nil {
+		return 0, err
+	}
+	l.geometry.Cipher.Decrypt(sector, off-head)
+	return copy(p, sector[head:]), nil
 }
 
 func (d *Disk) readCompressed(i int, run Run, p []byte, off int64) error {

@@ -112,22 +112,38 @@ func (d *Disk) overwriteCiphered(what content, off int64, run Run) error {
 	start, end := off/cipherSector*cipherSector, alignUp(off+what.n, cipherSector)
 	held := d.claims.acquire(start, end)
 	defer d.claims.release(held)
-	buf := make([]byte, end-start)
-	fileOff := run.FileOff - (off - start)
+	return d.writeCiphered(what, off, run.File, run.FileOff)
+}
+
+// writeCiphered writes whole sectors, those at the edges with their old rest, piece by piece.
+func (d *Disk) writeCiphered(what content, off int64, file int, fileOff int64) error {
 	l := d.top()
-	if start != off || end != off+what.n {
-		if err := readFile(l.Files[run.File], buf, fileOff); err != nil {
+	all := cipherBuffers.Get().(*[cipherBytes]byte)
+	defer cipherBuffers.Put(all)
+	for what.n > 0 {
+		head := off % cipherSector
+		n := min(what.n, cipherBytes-head)
+		buf := all[:alignUp(head+n, cipherSector)]
+		if head != 0 || int64(len(buf)) != n {
+			if err := readFile(l.Files[file], buf, fileOff-head); err != nil {
+				return err
+			}
+			l.geometry.Cipher.Decrypt(buf, off-head)
+		}
+		if what.p != nil {
+			copy(buf[head:], what.p[:n])
+			what.p = what.p[n:]
+		} else {
+			clear(buf[head : head+n])
+		}
+		l.geometry.Cipher.Encrypt(buf, off-head)
+		if err := d.writeFile(file, bytesFrom(buf), fileOff-head); err != nil {
 			return err
 		}
-		l.geometry.Cipher.Decrypt(buf, start)
+		what.n -= n
+		off, fileOff = off+n, fileOff+n
 	}
-	if what.p != nil {
-		copy(buf[off-start:], what.p)
-	} else {
-		clear(buf[off-start:][:what.n])
-	}
-	l.geometry.Cipher.Encrypt(buf, start)
-	return d.writeFile(run.File, bytesFrom(buf), fileOff)
+	return nil
 }
 
 // writeFile writes to a file of the top layer and notes that it has to be synced. The
@@ -265,32 +281,12 @@ func (d *Disk) fillWith(place Place, start int64, what content, off int64) error
 	cipher := d.top().geometry.Cipher
 	switch {
 	case cipher != nil:
-		return d.fillCiphered(what, off, place.File, fileOff)
+		// Sectors at the edges that are only partly given were filled by copyUp just before.
+		return d.writeCiphered(what, off, place.File, fileOff)
 	case what.p == nil && place.Zeroed && !what.solid:
 		return nil
 	}
 	return d.writeFile(place.File, what, fileOff)
-}
-
-// fillCiphered writes into claimed granules that nobody else can see. Sectors at the
-// edges that are only partly given were filled by copyUp just before.
-func (d *Disk) fillCiphered(what content, off int64, file int, fileOff int64) error {
-	l := d.top()
-	head := off % cipherSector
-	buf := make([]byte, alignUp(head+what.n, cipherSector))
-	if head != 0 || int64(len(buf)) != what.n {
-		if err := readFile(l.Files[file], buf, fileOff-head); err != nil {
-			return err
-		}
-		l.geometry.Cipher.Decrypt(buf, off-head)
-	}
-	if what.p != nil {
-		copy(buf[head:], what.p)
-	} else {
-		clear(buf[head : head+what.n])
-	}
-	l.geometry.Cipher.Encrypt(buf, off-head)
-	return d.writeFile(file, bytesFrom(buf), fileOff-head)
 }
 
 // copyUp writes what guest bytes [from, to) read as until now into the place.
