@@ -16,7 +16,7 @@ const maxProblems = 100
 // (bit 63). A repair makes refcounts and entries say what was counted; if the refcounts'
 // own structure is damaged, it makes a new one.
 func (m *image) Check(ctx context.Context, c *engine.Commit, progress func(done, total int64)) (engine.CheckResult, error) {
-	k := &checker{ctx: ctx, image: m, commit: c, progress: progress}
+	k := &checker{ctx: ctx, image: m, commit: c, progress: progress, separates: c != nil}
 	if err := k.run(); err != nil {
 		return k.result, fmt.Errorf("qcow2: check %s: %w", m.layer.Name, err)
 	}
@@ -30,6 +30,9 @@ type checker struct {
 	commit   *engine.Commit // nil: look only
 	progress func(done, total int64)
 	result   engine.CheckResult
+	// separates says that guest clusters that lie where something else is shall be copied:
+	// that can take as much space as the guest has.
+	separates bool
 
 	counts      counts
 	broken      bool // the refcounts' structure cannot be used
@@ -198,6 +201,12 @@ func (k *checker) walk(who string, l1 []uint64, visit func(who string, cluster i
 		if err := k.step(); err != nil {
 			return err
 		}
+		if e == badTable && who == "" && k.separates {
+			var err error
+			if e, err = k.copyTable(int64(i), &own); err != nil {
+				return err
+			}
+		}
 		off := int64(e & offsetMask)
 		if e == 0 || e != badTable && off == 0 {
 			continue
@@ -249,7 +258,7 @@ func (k *checker) countEntry(who string, cluster int64, e entry) error {
 	if !e.compressed() && e.descriptor == 0 && e.bitmap == 0 {
 		return nil
 	}
-	if k.overlapsMetadata(e) {
+	if k.overlaps(e) {
 		var err error
 		if e, err = k.copyOut(cluster, e); err != nil {
 			return err

@@ -90,6 +90,15 @@
 //
 // Create writes the first sector last.
 //
+// # Repair
+//
+// A check counts every reference and compares. A repair makes refcounts and bit 63 say what
+// was counted; where the refcounts' own structure is damaged or in the way, it makes a new one
+// behind everything else and has the header name it. Guest clusters that lie where metadata
+// or another guest cluster is get a copy of their own, and so do L2 tables that two L1 entries
+// name: nothing that can be read is lost. Entries that point outside the file stay, and are an
+// error for whoever reads there. The corrupt bit goes when nothing else is wrong.
+//
 // # Speed
 //
 // Opening reads the L1 table, at most 32 MiB, and no refcounts: they are looked through in

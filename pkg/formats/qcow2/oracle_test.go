@@ -647,6 +647,10 @@ func TestOracle_Repair(t *testing.T) {
 			be.PutUint64(p[l2+16:], l2|1<<63)
 			be.PutUint64(p[l2+24:], 1<<63|be.Uint64(p[48:]))
 		},
+		"two L1 entries for one table": func(p []byte, _ *rand.Rand) {
+			l1 := be.Uint64(p[40:])
+			copy(p[l1+8:l1+16], p[l1:l1+8])
+		},
 		"corrupt bit": func(p []byte, _ *rand.Rand) { p[79] |= 2 },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -668,8 +672,11 @@ func TestOracle_Repair(t *testing.T) {
 			}
 			damage(p, r)
 			writeFile(t, dir, "a.qcow2", p)
-			if name == "two owners" {
+			switch name {
+			case "two owners":
 				copy(disk[4<<10:8<<10], disk[:4<<10])
+			case "two L1 entries for one table": // of 2 MiB each
+				copy(disk[2<<20:], disk[:1<<20])
 			}
 			if name == "corrupt bit" {
 				refuseToWrite(t, dir)

@@ -10,17 +10,20 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 )
 
-// overlapsMetadata reports whether a guest cluster lies where metadata is, and a repair can
-// do something about it.
-func (k *checker) overlapsMetadata(e entry) bool {
+// overlaps reports whether a guest cluster lies where metadata is, or another guest cluster,
+// and it is to be separated. What snapshots share is counted later.
+func (k *checker) overlaps(e entry) bool {
 	m := k.image
 	host := e.host()
-	return k.commit != nil && !e.compressed() && m.dataFile == 0 && host != 0 && host&(m.clusterBytes-1) == 0 &&
-		host < m.fileEnd && m.metadata.has(host>>m.clusterBits)
+	if !k.separates || e.compressed() || m.dataFile != 0 || host == 0 || host&(m.clusterBytes-1) != 0 || host >= m.fileEnd {
+		return false
+	}
+	cluster := host >> m.clusterBits
+	return m.metadata.has(cluster) || k.counts.get(cluster) > 0
 }
 
-// copyOut gives a guest cluster that lies where metadata is a place of its own, at the end of
-// the file, with what it reads as now: the metadata. What was there before is lost already.
+// copyOut gives a guest cluster that lies where something else is a place of its own, at the
+// end of the file, with what it reads as now. What it was to hold may be lost already.
 func (k *checker) copyOut(cluster int64, e entry) (entry, error) {
 	m := k.image
 	p := make([]byte, m.clusterBytes)
@@ -28,13 +31,44 @@ func (k *checker) copyOut(cluster int64, e entry) (entry, error) {
 	if n, err := m.f.ReadAt(p, e.host()); n < len(p) && err != io.EOF {
 		return e, fmt.Errorf("read %d bytes at %#x of %s: %w", len(p), e.host(), m.f.Name(), err)
 	}
-	k.corruption(true, "%v; it has a place of its own now, with the metadata's bytes", m.badEntry(cluster, e, "where metadata is"))
+	k.corruption(true, "%v; it has a place of its own now, with the same bytes", m.badEntry(cluster, e, "where something else is"))
 	e.descriptor = e.descriptor&^offsetMask | uint64(m.fileEnd) | flagCopied
 	binary.BigEndian.PutUint64(k.table[cluster&(1<<m.l2Bits-1)<<m.entryShift:], e.descriptor)
 	k.changed = true
 	err := k.commit.WriteAt(0, p, m.fileEnd)
 	m.fileEnd += m.clusterBytes
 	return e, err
+}
+
+// copyTable gives an L1 entry whose table is another entry's, one of own, a copy of it; the
+// guest clusters in it are copied, too, when they are counted. It returns badTable if the
+// entry is bad for another reason.
+func (k *checker) copyTable(l1Index int64, own *clusterSet) (uint64, error) {
+	m := k.image
+	at := int64(m.header.l1TableOffset) + l1Index*8
+	p := make([]byte, 8)
+	if err := readFull(m.f, p, at); err != nil {
+		return 0, err
+	}
+	e := binary.BigEndian.Uint64(p)
+	off := int64(e & offsetMask)
+	if off&(m.clusterBytes-1) != 0 || !own.has(off>>m.clusterBits) {
+		return badTable, nil
+	}
+	k.corruption(true, "L1 entry %d: its table at %#x is another entry's, too; it has a copy now", l1Index, off)
+	if err := m.tables.Read(0, off, k.table); err != nil {
+		return 0, err
+	}
+	copied := uint64(m.fileEnd) | flagCopied
+	if err := k.commit.WriteAt(0, k.table, m.fileEnd); err != nil {
+		return 0, err
+	}
+	m.fileEnd += m.clusterBytes
+	if err := k.commit.Sync(); err != nil {
+		return 0, err
+	}
+	m.l1[l1Index] = copied
+	return copied, k.commit.WriteAt(0, binary.BigEndian.AppendUint64(nil, copied), at)
 }
 
 // rebuild makes a new refcount table and new refcount blocks from what was counted, behind
@@ -163,7 +197,8 @@ func (m *image) reload() error {
 // rebuildRefcounts makes the refcounts right, before the first change of an image that was
 // written to with refcounts left for later, and not closed ("Dirty bit").
 func (m *image) rebuildRefcounts(c *engine.Commit) error {
-	if _, err := m.Check(context.Background(), c, nil); err != nil {
+	k := &checker{ctx: context.Background(), image: m, commit: c}
+	if err := k.run(); err != nil {
 		return err
 	}
 	return m.loadRefTable()
