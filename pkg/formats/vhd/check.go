@@ -8,8 +8,12 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 )
 
-// maxProblems bounds how many problems are described; all are counted.
-const maxProblems = 100
+const (
+	// maxProblems bounds how many problems are described; all are counted.
+	maxProblems = 100
+	// maxSeparated bounds how many blocks one repair gives another place.
+	maxSeparated = 1 << 16
+)
 
 // Check examines footers and block allocation table. A repair makes both footers the same,
 // gives each block a place of its own, and cuts off what ends the file unused.
@@ -34,8 +38,8 @@ type checker struct {
 	lost     lostFooter
 	usage    usage
 	outside  int64   // entries that name what is not in the file
-	sharing  []int64 // blocks whose place is another's, too, in part or as a whole
-	tail     int64   // blocks that would fit between the last one and the footer
+	shared   int64   // blocks whose place is another's, too, in part or as a whole
+	sharing  []int64 // their numbers, but at most maxSeparated
 }
 
 func (k *checker) report(p engine.Problem) {
@@ -60,58 +64,51 @@ func (k *checker) run() error {
 		}
 		return nil
 	}
-	taken, err := k.scan()
+	places, err := k.scan()
 	if err != nil {
 		return err
 	}
-	k.findSharing(taken)
-	slots := make([]uint32, len(taken))
-	for i, t := range taken {
-		slots[i] = t.sector
-	}
-	k.usage.used = int64(len(taken))
-	m.arrange(&k.usage, slots)
+	m.arrange(&k.usage, places)
+	k.findSharing(places)
 	k.result.AllocatedCount = k.usage.used
 	k.result.ImageEndOffset = k.usage.end
-	for _, gap := range k.usage.gaps {
-		k.result.Leaks += (gap.end - m.alignSlot(gap.start)) / m.slotBytes()
-	}
-	k.tail = max(m.fileBytes-footerBytes-m.alignSlot(k.usage.end), 0) / m.slotBytes()
-	k.result.Leaks += k.tail
+	k.result.Leaks = m.leaks(&k.usage)
 	return nil
 }
 
-// place is where a block is.
-type place struct{ sector, number uint32 }
+// leaks returns for how many blocks there is space that nothing refers to.
+func (m *image) leaks(u *usage) int64 {
+	n := m.slotsIn(span{u.end, m.fileBytes - footerBytes})
+	for _, gap := range u.gaps {
+		n += m.slotsIn(gap)
+	}
+	return n
+}
+
+// slotsIn returns how many blocks there is space for in a gap.
+func (m *image) slotsIn(gap span) int64 {
+	start := m.alignSlot(gap.start)
+	if start+m.slotBytes() > gap.end {
+		return 0
+	}
+	return (gap.end-start-m.slotBytes())/(m.alignSlot(start+m.slotBytes())-start) + 1
+}
 
 // scan returns the places of all blocks that have a good one.
 func (k *checker) scan() ([]place, error) {
 	m := k.image
 	k.result.TotalClusters = m.blocksOf(m.sizeBytes)
-	var taken []place
-	previous := int64(0)
-	err := m.eachEntry(0, m.header.entries(), func(number int64, entry uint32) error {
-		if err := k.step(number); err != nil {
-			return err
-		}
-		if entry == entryUnused {
-			return nil
-		}
-		slot, err := m.slotAt(number, entry)
-		if err != nil {
-			k.outside++
-			k.report(engine.Problem{Corrupt: true, Text: fmt.Sprintf(
-				"entry %d of the block allocation table, sector %d, lies outside the file of %d bytes or in its metadata", number, entry, m.fileBytes)})
-			return nil
-		}
-		if previous != 0 && slot != m.alignSlot(previous) {
+	places, err := m.places(k.step, func(number int64, entry uint32) {
+		k.outside++
+		k.report(engine.Problem{Corrupt: true, Text: fmt.Sprintf(
+			"entry %d of the block allocation table, sector %d, lies outside the file of %d bytes or in its metadata", number, entry, m.fileBytes)})
+	})
+	for i := 1; i < len(places); i++ {
+		if places[i].slot() != m.alignSlot(places[i-1].slot()+m.slotBytes()) {
 			k.result.Fragmented++
 		}
-		previous = slot + m.slotBytes()
-		taken = append(taken, place{entry, uint32(number)})
-		return nil
-	})
-	return taken, err
+	}
+	return places, err
 }
 
 // step reports progress now and then, and whether to go on.
@@ -127,17 +124,18 @@ func (k *checker) step(number int64) error {
 	return k.ctx.Err()
 }
 
-// findSharing finds blocks that begin within another one.
+// findSharing finds blocks, sorted by place, that begin within another one.
 func (k *checker) findSharing(taken []place) {
-	slices.SortStableFunc(taken, func(a, b place) int { return int(int64(a.sector) - int64(b.sector)) })
 	end := int64(0)
 	for _, t := range taken {
-		start := int64(t.sector) * sectorBytes
-		if start < end {
-			k.sharing = append(k.sharing, int64(t.number))
-			continue // what follows overlaps it, too, but need not be bad
+		if t.slot() >= end {
+			end = t.slot() + k.image.slotBytes()
+			continue
 		}
-		end = start + k.image.slotBytes()
+		// What follows may overlap this one, too, but need not be bad.
+		if k.shared++; k.shared <= maxSeparated {
+			k.sharing = append(k.sharing, int64(t.number))
+		}
 	}
 	slices.Sort(k.sharing)
 }
@@ -153,12 +151,12 @@ func (k *checker) describe(fixed bool) {
 	if k.lost.tail {
 		k.report(engine.Problem{Fixed: fixed, Text: "the footer at the end of the file is missing, damaged or different from its copy at the start"})
 	}
-	if k.result.Leaks > 0 {
-		k.report(engine.Problem{Fixed: fixed && k.tail == k.result.Leaks, Text: fmt.Sprintf("nothing refers to space for %d blocks in the file", k.result.Leaks)})
+	if rest := k.shared - int64(len(k.sharing)); rest > 0 {
+		k.result.Corruptions += rest - 1
+		k.report(engine.Problem{Corrupt: true, Text: fmt.Sprintf("%d more entries overlap others: repair it again", rest)})
 	}
-	if fixed && k.outside == 0 {
-		k.result.FixedLeaks = k.tail
-		k.result.Leaks -= k.tail
+	if k.result.Leaks > 0 || k.result.FixedLeaks > 0 {
+		k.report(engine.Problem{Fixed: k.result.FixedLeaks > 0, Text: fmt.Sprintf("nothing refers to space for %d blocks in the file", k.result.Leaks+k.result.FixedLeaks)})
 	}
 }
 
@@ -186,10 +184,19 @@ func (k *checker) repair(c *engine.Commit) error {
 			return err
 		}
 	}
-	if k.outside > 0 {
-		return nil // the file was probably cut off: leave what there is
+	if k.outside > 0 || k.shared > int64(len(k.sharing)) {
+		return nil // the file was probably cut off, or has to be repaired again: leave what there is
 	}
-	return m.cut(c, m.room.end)
+	u, err := m.pack(c)
+	if err != nil {
+		return err
+	}
+	if err := m.cut(c, u.end); err != nil {
+		return err
+	}
+	left := m.leaks(u)
+	k.result.FixedLeaks, k.result.Leaks = max(k.result.Leaks-left, 0), left
+	return nil
 }
 
 // separate gives a block that overlaps another a copy of its own.
@@ -203,23 +210,11 @@ func (k *checker) separate(c *engine.Commit, number int64) error {
 	if err != nil {
 		return err
 	}
-	buf := make([]byte, min(copyBytes, m.slotBytes()))
-	for done := int64(0); done < m.slotBytes(); {
-		b := buf[:min(int64(len(buf)), m.slotBytes()-done)]
-		clear(b)
-		if n := min(int64(len(b)), max(m.fileBytes-p.slot-done, 0)); n > 0 {
-			if err := readFull(m.f, b[:n], p.slot+done); err != nil {
-				return err
-			}
-		}
-		if err := c.WriteAt(0, b, to+done); err != nil {
-			return err
-		}
-		done += int64(len(b))
+	if err := m.copySlot(c, p.slot, to); err != nil {
+		return err
 	}
 	if err := c.Sync(); err != nil {
 		return err
 	}
-	entry := uint32(to / sectorBytes)
-	return c.WriteAt(0, []byte{byte(entry >> 24), byte(entry >> 16), byte(entry >> 8), byte(entry)}, m.entryOff(number))
+	return m.writeEntry(c, number, to)
 }

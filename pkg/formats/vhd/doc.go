@@ -11,6 +11,7 @@
 //	change.go    changing them
 //	room.go      what of the file is in use: allocation, first change, clean close
 //	scan.go      reading the whole table
+//	pack.go      moving blocks into gaps
 //	resize.go    growing and shrinking; other places for header and table
 //	fixed.go     fixed images: moving the only footer
 //	check.go     checking and repairing
@@ -87,6 +88,7 @@
 //
 // Entries end at 2 TiB in the file. Space that was discarded is punched out of the file; the
 // format has no map of it, but the next opening finds it in the table. Old headers and
-// tables are found likewise once they are as large as a block. A check compares what
+// tables are found likewise once they are as large as a block. Shrinking and repairing move
+// the last blocks into such gaps. A check compares what
 // tables say; it does not look for sectors that should be present.
 package vhd

@@ -64,8 +64,6 @@ const (
 // uuid is as it is stored: big-endian throughout.
 type uuid [16]byte
 
-func (u uuid) isNil() bool { return u == uuid{} }
-
 // String returns the UUID in its usual form.
 func (u uuid) String() string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])

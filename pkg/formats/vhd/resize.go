@@ -75,7 +75,12 @@ func (m *image) shrink(c *engine.Commit, size int64) error {
 		return err
 	}
 	m.sizeBytes = size
+	// Should anything fail from here on, only what is behind everything is known to be free.
+	m.room.free, m.room.end = nil, m.fileBytes-footerBytes
 	if err := m.freeEntries(c, m.blocksOf(size)); err != nil {
+		return err
+	}
+	if _, err := m.pack(c); err != nil {
 		return err
 	}
 	return m.findRoom()

@@ -3,6 +3,7 @@ package vhd
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
@@ -15,6 +16,8 @@ const (
 	extendBytes = 32 << 20
 	// dataAlign is what the data of new blocks is aligned to, if they are as large.
 	dataAlign = 4096
+	// maxFreeSlots bounds how many are remembered.
+	maxFreeSlots = 1 << 20
 	// maxFileBytes is where entries of the table end, the last one being none.
 	maxFileBytes = (1<<32 - 1) * sectorBytes
 )
@@ -140,13 +143,26 @@ func writeSynced(c *engine.Commit, p []byte, off int64) error {
 // have been left there by a crash.
 func (m *image) setRoom(u *usage) {
 	m.room = room{end: u.end, clean: m.fileBytes, loans: map[int64]*loan{}}
-	for _, gap := range u.gaps {
-		for slot := m.alignSlot(gap.start); slot+m.slotBytes() <= gap.end; slot = m.alignSlot(slot + m.slotBytes()) {
-			m.room.free = append(m.room.free, freeSlot{off: slot})
-		}
+	for slot := range m.freeSlots(u) {
+		m.room.free = append(m.room.free, freeSlot{off: slot})
 	}
 	if rest := m.fileBytes - footerBytes - u.end; rest == 0 || m.f.PunchHole(u.end, rest) == nil {
 		m.room.clean = u.end
+	}
+}
+
+// freeSlots are the places for blocks in gaps, in order: not all of them, if a file says
+// that it has very many. Others are found another time.
+func (m *image) freeSlots(u *usage) iter.Seq[int64] {
+	return func(yield func(int64) bool) {
+		count := 0
+		for _, gap := range u.gaps {
+			for slot := m.alignSlot(gap.start); slot+m.slotBytes() <= gap.end; slot = m.alignSlot(slot + m.slotBytes()) {
+				if count++; count > maxFreeSlots || !yield(slot) {
+					return
+				}
+			}
+		}
 	}
 }
 

@@ -20,39 +20,60 @@ type usage struct {
 // scan reads the block allocation table: nothing of it may be dirty.
 func (m *image) scan() (*usage, error) {
 	u := &usage{}
-	var slots []uint32
+	places, err := m.places(func(int64) error { return nil }, func(int64, uint32) { u.bad++ })
+	if err != nil {
+		return nil, err
+	}
+	m.arrange(u, places)
+	return u, nil
+}
+
+// place is where a block is: the sector that its entry says.
+type place struct{ sector, number uint32 }
+
+func (p place) slot() int64 { return int64(p.sector) * sectorBytes }
+
+// places returns those of all blocks, in the order of the table. Entries that cannot be
+// right are not among them; bad is called with each. step is called with each block's
+// number, and may end it.
+func (m *image) places(step func(number int64) error, bad func(number int64, entry uint32)) ([]place, error) {
+	var all []place
 	err := m.eachEntry(0, m.header.entries(), func(number int64, entry uint32) error {
+		if err := step(number); err != nil {
+			return err
+		}
 		if entry == entryUnused {
 			return nil
 		}
 		if _, err := m.slotAt(number, entry); err != nil {
-			u.bad++
+			bad(number, entry)
 			return nil
 		}
-		slots = append(slots, entry)
+		all = append(all, place{entry, uint32(number)})
 		return nil
 	})
-	if err != nil {
-		return nil, err
-	}
-	u.used = int64(len(slots))
-	m.arrange(u, slots)
-	return u, nil
+	return all, err
 }
 
-// arrange goes through everything in the file, by offset.
-func (m *image) arrange(u *usage, slots []uint32) {
-	slices.Sort(slots)
+// sortPlaces sorts places by where they are.
+func sortPlaces(places []place) {
+	slices.SortStableFunc(places, func(a, b place) int { return cmp.Compare(a.sector, b.sector) })
+}
+
+// arrange goes through everything in the file, by offset. It sorts places.
+func (m *image) arrange(u *usage, places []place) {
+	u.used = int64(len(places))
+	sortPlaces(places)
 	meta := slices.SortedFunc(slices.Values(m.meta), func(a, b span) int { return cmp.Compare(a.start, b.start) })
 	slotEnd := int64(0)
-	for len(slots) > 0 || len(meta) > 0 {
+	for len(places) > 0 || len(meta) > 0 {
 		var next span
-		if len(slots) == 0 || len(meta) > 0 && meta[0].start < int64(slots[0])*sectorBytes {
+		if len(places) == 0 || len(meta) > 0 && meta[0].start < places[0].slot() {
 			next, meta = meta[0], meta[1:]
 		} else {
-			next.start = int64(slots[0]) * sectorBytes
+			next.start = places[0].slot()
 			next.end = next.start + m.slotBytes()
-			slots = slots[1:]
+			places = places[1:]
 			if next.start < slotEnd {
 				u.bad++
 			}

@@ -20,16 +20,16 @@ func TestMain(m *testing.M) {
 func factories() []formattest.Factory {
 	return []formattest.Factory{
 		{
-			Name: "dynamic", Format: vhd.Format{}, Reseal: reseal, QEMU: "vpc", CanShrink: true,
+			Name: "dynamic", Format: vhd.Format{}, Reseal: reseal, RepairsLeaks: true, QEMU: "vpc", CanShrink: true,
 			Create: formats.CreateRequest{ClusterBytes: 4 << 10},
 		},
 		{
-			Name: "differencing", Format: vhd.Format{}, Reseal: reseal, CanShrink: true, CanRebase: true, GranuleBytes: 512,
+			Name: "differencing", Format: vhd.Format{}, Reseal: reseal, RepairsLeaks: true, CanShrink: true, CanRebase: true, GranuleBytes: 512,
 			Create:  formats.CreateRequest{ClusterBytes: 8 << 10},
 			Overlay: &formats.CreateRequest{ClusterBytes: 8 << 10},
 		},
 		{
-			Name: "fixed", Format: unclustered{}, Reseal: reseal, QEMU: "vpc", CanShrink: true, SizeBytes: 320<<10 + 5*512,
+			Name: "fixed", Format: unclustered{}, Reseal: reseal, RepairsLeaks: true, QEMU: "vpc", CanShrink: true, SizeBytes: 320<<10 + 5*512,
 			Create:       formats.CreateRequest{Subformat: "fixed"},
 			BeforeOracle: openOnce,
 		},
