@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/qcow2"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
@@ -17,6 +19,9 @@ type snapshotted struct{ qcow2.Format }
 func (s snapshotted) Create(ctx context.Context, req formats.CreateRequest) error {
 	if req.Parent != nil {
 		return s.Format.Create(ctx, req)
+	}
+	if req.SizeBytes > 256<<10 {
+		return fmt.Errorf("%d bytes with a snapshot: %w: one refcount block has no room for it", req.SizeBytes, block.ErrUnsupported)
 	}
 	req.Preallocation = formats.PreallocateMetadata
 	if err := s.Format.Create(ctx, req); err != nil {
