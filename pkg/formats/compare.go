@@ -3,6 +3,7 @@ package formats
 import (
 	"context"
 	"fmt"
+	"sync"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 )
@@ -39,28 +40,100 @@ func (e *CompareError) Unwrap() error { return e.Err }
 
 // Compare finds the first difference between the guest contents of two devices. Past the
 // end of the smaller one the larger must be zero. A strict comparison also wants equal
-// sizes, and data where the other has data. A failure is a *CompareError, or ctx's error.
+// sizes, and data where the other has data. A failure is a *CompareError, or ctx's error;
+// one behind the first difference does not count.
 func Compare(ctx context.Context, a, b block.Device, strict bool, progress Progress) (Difference, error) {
-	c := newComparison(a, b, strict)
-	if strict && c.sizes[0] != c.sizes[1] {
-		return Difference{DifferentSize, min(c.sizes[0], c.sizes[1])}, nil
+	sizes := [2]int64{a.Info().SizeBytes, b.Info().SizeBytes}
+	if strict && sizes[0] != sizes[1] {
+		return Difference{DifferentSize, min(sizes[0], sizes[1])}, nil
 	}
-	if progress == nil {
-		progress = func(int64, int64) {}
+	total := max(sizes[0], sizes[1])
+	s := &search{total: total, segment: segmentBytes(total), first: verdict{off: total}, progress: progress}
+	var all sync.WaitGroup
+	for range copyWorkers() {
+		all.Go(func() {
+			c := newComparison(a, b, strict)
+			for start, ok := s.next(); ok; start, ok = s.next() {
+				s.examine(ctx, c, start)
+			}
+		})
 	}
-	total := max(c.sizes[0], c.sizes[1])
-	for off := int64(0); off < total; {
+	all.Wait()
+	return s.first.difference, s.first.err
+}
+
+// segmentBytes is how much one goroutine compares before it takes the next piece.
+func segmentBytes(total int64) int64 {
+	const least, most, pieces = 1 << 20, 64 << 20, 64
+	return min(max(total/pieces, least), most) &^ (least - 1)
+}
+
+// search is what the goroutines that compare two disks share.
+type search struct {
+	total, segment int64
+	progress       Progress
+
+	mu     sync.Mutex
+	handed int64 // segments below this guest offset have been handed out
+	done   int64
+	first  verdict
+}
+
+// verdict is what ended a comparison, and where.
+type verdict struct {
+	off        int64
+	difference Difference
+	err        error
+}
+
+// next hands out the next segment, as long as nothing was found before it.
+func (s *search) next() (start int64, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	start = s.handed
+	s.handed += s.segment
+	return start, start < s.first.off
+}
+
+// examine compares a segment up to the first difference or failure in it.
+func (s *search) examine(ctx context.Context, c *comparison, start int64) {
+	end := min(start+s.segment, s.total)
+	for off := start; off < end; {
 		if err := ctx.Err(); err != nil {
-			return Difference{}, err
+			s.found(verdict{off: off, err: err})
+			return
 		}
-		n, d, err := c.step(off, total-off)
+		n, d, err := c.step(off, end-off)
 		if err != nil || d.Kind != "" {
-			return d, err
+			s.found(verdict{max(off, d.Off), d, err})
+			return
 		}
 		off += n
-		progress(off, total)
+		if !s.advance(off, n) {
+			return
+		}
 	}
-	return Difference{}, nil
+}
+
+// found keeps what is nearest to the disks' beginning.
+func (s *search) found(v verdict) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if v.off < s.first.off {
+		s.first = v
+	}
+}
+
+// advance notes that n more bytes, which end at off, are equal. It reports whether those
+// behind them still matter.
+func (s *search) advance(off, n int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.done += n
+	if s.progress != nil {
+		s.progress(s.done, s.total)
+	}
+	return off < s.first.off
 }
 
 func newComparison(a, b block.Device, strict bool) *comparison {

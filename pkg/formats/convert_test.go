@@ -216,6 +216,45 @@ func TestCompare(t *testing.T) {
 	check("longer by data", a, longer, false, formats.Difference{Kind: formats.DifferentContents, Off: size + 5000})
 }
 
+// Of many differences and failures, that nearest to the beginning counts.
+func TestCompare_First(t *testing.T) {
+	const size, page = 20 << 20, 4096
+	r := testenv.Rand(t)
+	for range 10 {
+		a, b := newSparseDevice(size, page, 0), newSparseDevice(size, page, 0)
+		for i := range a.data {
+			a.data[i], b.data[i] = true, true
+		}
+		first := int64(size)
+		for range 1 + r.IntN(6) {
+			off := r.Int64N(size)
+			b.bytes[off] = 1
+			first = min(first, off)
+		}
+		a.readError = map[int64]error{}
+		if r.IntN(2) == 0 {
+			a.readError[(first/page+600)%(size/page)] = errors.New("broken sector") // in another read
+		}
+		var last int64
+		d, err := formats.Compare(context.Background(), a, b, false, func(done, total int64) {
+			if done < last || total != size {
+				t.Errorf("progress went from %d to %d of %d", last, done, total)
+			}
+			last = done
+		})
+		broken := int64(size)
+		for unit := range a.readError {
+			broken = unit * page
+		}
+		switch {
+		case broken < first && (err == nil || d.Kind != ""):
+			t.Errorf("broken at %d, different at %d: %+v, %v", broken, first, d, err)
+		case broken > first && (err != nil || d != formats.Difference{Kind: formats.DifferentContents, Off: first}):
+			t.Errorf("different at %d, broken at %d: %+v, %v", first, broken, d, err)
+		}
+	}
+}
+
 func TestCompare_SaysWhatFailed(t *testing.T) {
 	broken := errors.New("broken sector")
 	a := newSparseDevice(1<<20, 4096, 0)

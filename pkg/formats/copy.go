@@ -158,27 +158,29 @@ func (c *copier) run(ctx context.Context, progress Progress) error {
 func (c *copier) plan(ctx context.Context, todo, inOrder chan<- *chunk) {
 	for off := int64(0); off < c.size; {
 		part := c.next(off)
-		if part.err == nil && !part.skip {
+		// From when it is handed out on, a part is not this goroutine's.
+		end, failed, work := off+part.n, part.err != nil, part.err == nil && !part.skip
+		if work {
 			select {
 			case part.copyBuffers = <-c.buffers:
 			case <-ctx.Done():
 				return
 			}
+		} else {
+			close(part.ready)
 		}
 		select {
 		case inOrder <- part:
 		case <-ctx.Done():
 			return
 		}
-		if part.copyBuffers == nil {
-			close(part.ready)
-		} else {
+		if work {
 			todo <- part
 		}
-		if part.err != nil {
+		if failed {
 			return
 		}
-		off += part.n
+		off = end
 	}
 }
 
