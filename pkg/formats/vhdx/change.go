@@ -72,7 +72,7 @@ func (m *image) Allocate(off, n int64) (engine.Place, error) {
 		return m.allocateSectors(block, off, n)
 	}
 	want := m.meta.blockBytes
-	for block++; want < n && !(m.meta.hasParent && m.hasSectors(block)); block++ {
+	for block++; want < n && (!m.meta.hasParent || !m.hasSectors(block)); block++ {
 		want += m.meta.blockBytes
 	}
 	return m.allocateBlocks(want)

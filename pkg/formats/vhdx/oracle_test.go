@@ -309,3 +309,48 @@ func scribbleFinely(t *testing.T, r *rand.Rand, image *formats.Image, disk []byt
 		}
 	}
 }
+
+// TestOracle_RebasedToNone: a differencing image that no longer stands on anything is one
+// that QEMU reads.
+func TestOracle_RebasedToNone(t *testing.T) {
+	qemuImg := testenv.Oracle(t, "qemu-img")
+	r := testenv.Rand(t)
+	dir := t.TempDir()
+	disk := make([]byte, 9<<20+512*7)
+	createIn(t, dir, formats.CreateRequest{Name: "base.vhdx", SizeBytes: int64(len(disk))})
+	image := openDir(t, dir, "base.vhdx", vfs.ReadWrite)
+	scribble(t, r, image, disk, 10)
+	parent, err := image.Base()
+	if err != nil {
+		t.Fatal(err)
+	}
+	createIn(t, dir, formats.CreateRequest{Name: "a.vhdx", Parent: &formats.Parent{Name: "base.vhdx", Layer: parent}})
+	if err := image.Close(); err != nil {
+		t.Fatal(err)
+	}
+	image = openDir(t, dir, "a.vhdx", vfs.ReadWrite)
+	scribbleFinely(t, r, image, disk)
+	if err := image.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d, err := vfs.OpenDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	rebasing := formats.Rebasing{Open: formats.OpenOptions{Format: "vhdx"}}
+	if err := formats.Rebase(context.Background(), d, "a.vhdx", rebasing, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(dir, "base.vhdx")); err != nil {
+		t.Fatal(err)
+	}
+	compareWithQEMU(t, qemuImg, dir, disk)
+	image = openDir(t, dir, "a.vhdx", vfs.ReadOnly)
+	if !bytes.Equal(readGuest(t, image), disk) {
+		t.Error("it reads differently")
+	}
+	for _, p := range problems(t, image) {
+		t.Errorf("check: %s", p.Text)
+	}
+}
