@@ -77,7 +77,7 @@ func TestRepair_HidesTheParent(t *testing.T) {
 		image := mustOpen(t, fsys, "top.qcow", vfs.ReadWrite)
 		mustWrite(t, image, 0, smallData(9))
 		mustClose(t, image)
-		const table = 2 * smallCluster
+		const table = 3 * smallCluster
 		poke64(t, fsys, "top.qcow", table, 1<<40)
 		expectRepair(t, fsys, "top.qcow", 1)
 		image = mustOpen(t, fsys, "top.qcow", vfs.ReadOnly)

@@ -227,8 +227,9 @@ func (c *creation) layOut() {
 	if len(c.name) > 0 {
 		h.backingFileOffset, h.backingFileSize = headerBytes, uint32(len(c.name))
 	}
-	h.l1TableOffset = uint64(roundUp(headerBytes+int64(len(c.name)), sectorBytes))
-	c.tableAt = roundUp(int64(h.l1TableOffset+h.l1Entries()*entryBytes), c.ClusterBytes)
+	// VirtualBox reads the level 1 table as whole clusters, counted from where it begins.
+	h.l1TableOffset = uint64(roundUp(headerBytes+int64(len(c.name)), c.ClusterBytes))
+	c.tableAt = int64(h.l1TableOffset) + roundUp(int64(h.l1Entries()*entryBytes), c.ClusterBytes)
 	if c.Preallocation != formats.PreallocateOff {
 		c.tables = int64(h.l1Entries())
 	}

@@ -18,12 +18,12 @@ import (
 const (
 	smallSize    = 4<<20 + 512
 	smallCluster = 4 << 10
-	smallL1      = 512
-	smallData0   = 1 * smallCluster
-	smallL2      = 2 * smallCluster
-	smallData1   = 3 * smallCluster
-	smallData2   = 4 * smallCluster
-	smallEnd     = 5 * smallCluster
+	smallL1      = 1 * smallCluster
+	smallData0   = 2 * smallCluster
+	smallL2      = 3 * smallCluster
+	smallData1   = 4 * smallCluster
+	smallData2   = 5 * smallCluster
+	smallEnd     = 6 * smallCluster
 )
 
 // Where the header says what.

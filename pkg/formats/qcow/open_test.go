@@ -60,7 +60,7 @@ func TestOpen_RefusesHeaders(t *testing.T) {
 		"backing outside":        {atBackingOffset, append(b64(smallEnd-1), b32(4)...), block.ErrCorrupt, "backing file's name"},
 		"backing far outside":    {atBackingOffset, append(b64(1<<64-2), b32(4)...), block.ErrCorrupt, "backing file's name"},
 		"backing too long":       {atBackingOffset, append(b64(48), b32(1024)...), block.ErrCorrupt, "backing_file_size is 1024"},
-		"backing over the table": {atBackingOffset, append(b64(500), b32(20)...), block.ErrCorrupt, "overlaps the level 1 table"},
+		"backing over the table": {atBackingOffset, append(b64(smallL1-12), b32(20)...), block.ErrCorrupt, "overlaps the level 1 table"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			fsys := newSmall(t, nil)
