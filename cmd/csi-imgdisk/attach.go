@@ -74,10 +74,24 @@ func attachImage(ctx context.Context, path string, how access, run runDir, readO
 		Transport: transport,
 		ReadOnly:  readOnly,
 	})
-	if errors.Is(err, block.ErrExists) {
-		return att, fmt.Errorf("%w: it is attached already, with other options: detach it first", err)
+	if err == nil {
+		return att, nil
 	}
-	return att, how.explain(at.explain(err))
+	if errors.Is(err, block.ErrExists) {
+		err = fmt.Errorf("%w: it is attached already, with other options: detach it first", err)
+	}
+	return att, errors.Join(how.explain(at.explain(err)), stopIdleSupervisor(context.WithoutCancel(ctx), run))
+}
+
+// stopIdleSupervisor ends the supervisor if nothing is attached. Whoever attaches meanwhile
+// wins.
+func stopIdleSupervisor(ctx context.Context, run runDir) error {
+	ctx, cancel := context.WithTimeout(ctx, stopPatience)
+	defer cancel()
+	if err := supervisor.Stop(ctx, run.supervisor()); !errors.Is(err, block.ErrBusy) {
+		return err
+	}
+	return nil
 }
 
 func newDetachCommand() *cobra.Command {
@@ -97,11 +111,8 @@ func newDetachCommand() *cobra.Command {
 			if err := client.Detach(cmd.Context(), att.ID, force); err != nil {
 				return err
 			}
-			if list, err := client.List(cmd.Context()); err == nil && len(list) == 0 {
-				// Nothing is left to supervise. Whoever attaches meanwhile wins.
-				if err := client.Stop(cmd.Context()); err != nil && !errors.Is(err, block.ErrBusy) && !errors.Is(err, supervisor.ErrNotRunning) {
-					return err
-				}
+			if err := stopIdleSupervisor(cmd.Context(), run); err != nil {
+				return err
 			}
 			return emit(cmd, newDeviceInfo(att), func(p *printer) { p.line("detached %s", att.Device) })
 		},
