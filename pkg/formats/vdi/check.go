@@ -8,8 +8,12 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 )
 
-// maxProblems bounds how many problems are described; all are counted.
-const maxProblems = 100
+const (
+	// maxProblems bounds how many problems are described; all are counted.
+	maxProblems = 100
+	// maxSeparated bounds how many blocks one repair gives another place.
+	maxSeparated = 1 << 16
+)
 
 // Check examines the block map. A repair gives each guest block a block of its own, moves
 // blocks into unused places before them, corrects the count and cuts off what is not used.
@@ -34,7 +38,8 @@ type checker struct {
 	used     *usage
 	counted  int64   // allocated blocks, by the header
 	outside  int64   // entries that name what is not in the file
-	sharing  []int64 // guest blocks whose block another one has
+	shared   int64   // guest blocks whose block another one has
+	sharing  []int64 // their numbers, but at most maxSeparated
 }
 
 func (k *checker) report(p engine.Problem) {
@@ -69,7 +74,9 @@ func (k *checker) run() error {
 				"block map entry %d names block %d, which lies outside the file of %d bytes", block, index, m.fileBytes)})
 			return nil
 		case !k.used.take(index):
-			k.sharing = append(k.sharing, block)
+			if k.shared++; k.shared <= maxSeparated {
+				k.sharing = append(k.sharing, block)
+			}
 			return nil
 		}
 		if previous >= 0 && index != previous+1 {
@@ -103,33 +110,41 @@ func (k *checker) describe(fixed bool) {
 	for _, block := range k.sharing {
 		k.report(engine.Problem{Corrupt: true, Fixed: fixed, Text: fmt.Sprintf("block map entry %d names a block that another entry names, too", block)})
 	}
+	if rest := k.shared - int64(len(k.sharing)); rest > 0 {
+		k.result.Corruptions += rest - 1
+		k.report(engine.Problem{Corrupt: true, Text: fmt.Sprintf("%d more entries name blocks that others name, too: repair it again", rest)})
+	}
 	if have, want := k.counted, k.used.count; have != want {
 		k.report(engine.Problem{Fixed: fixed, Text: fmt.Sprintf("the header counts %d allocated blocks, but the block map has %d", have, want)})
 	}
 	if most := k.image.h.blocks(); k.used.end > most {
-		k.report(engine.Problem{Fixed: fixed && k.outside == 0, Text: fmt.Sprintf("the block map names block %d of the file, but the disk has %d blocks", k.used.end-1, most)})
+		k.report(engine.Problem{Fixed: fixed && k.packs(), Text: fmt.Sprintf("the block map names block %d of the file, but the disk has %d blocks", k.used.end-1, most)})
 	}
 	if k.result.Leaks > 0 {
-		k.report(engine.Problem{Fixed: fixed && k.outside == 0, Text: fmt.Sprintf("nothing refers to %d blocks of the file", k.result.Leaks)})
+		k.report(engine.Problem{Fixed: fixed && k.packs(), Text: fmt.Sprintf("nothing refers to %d blocks of the file", k.result.Leaks)})
 	}
-	if fixed && k.outside == 0 {
+	if fixed && k.packs() {
 		k.result.FixedLeaks, k.result.Leaks = k.result.Leaks, 0
 	}
 }
+
+// packs reports whether a repair moves blocks.
+func (k *checker) packs() bool { return k.outside == 0 && k.shared == int64(len(k.sharing)) }
 
 // repair fixes what run has found. Where entries lead out of the file it was probably cut
 // off, and nothing is moved in it.
 func (k *checker) repair(c *engine.Commit) error {
 	m := k.image
-	if err := k.separate(c); err != nil {
-		return err
-	}
 	count := k.used.end
-	if k.outside == 0 {
+	if k.packs() {
 		var err error
 		if count, err = m.pack(c); err != nil {
 			return err
 		}
+	}
+	count, err := k.separate(c, count)
+	if err != nil {
+		return err
 	}
 	if m.h.allocated() != count {
 		h := m.h
@@ -138,7 +153,7 @@ func (k *checker) repair(c *engine.Commit) error {
 			return err
 		}
 	}
-	if end := m.endOf(count); k.outside == 0 && end != m.fileBytes {
+	if end := m.endOf(count); k.packs() && end != m.fileBytes {
 		if err := c.Truncate(0, end); err != nil {
 			return err
 		}
@@ -148,32 +163,34 @@ func (k *checker) repair(c *engine.Commit) error {
 	return nil
 }
 
-// separate gives guest blocks that share one with another copies of their own.
-func (k *checker) separate(c *engine.Commit) error {
+// separate gives guest blocks that share one with another copies of their own, from the
+// index next on, and returns what the next index is then.
+func (k *checker) separate(c *engine.Commit, next int64) (int64, error) {
 	m := k.image
-	next := max(k.used.end, m.h.allocated())
 	var entry [entryBytes]byte
 	for _, block := range k.sharing {
+		if err := k.ctx.Err(); err != nil {
+			return next, err
+		}
 		if err := readFull(m.f, entry[:], m.entryOff(block)); err != nil {
-			return err
+			return next, err
 		}
 		if err := m.copyBlock(c, int64(binary.LittleEndian.Uint32(entry[:])), next); err != nil {
-			return err
+			return next, err
 		}
 		if err := c.Sync(); err != nil {
-			return err
+			return next, err
 		}
 		h := m.h
 		h.setAllocated(next + 1)
 		if err := m.writeHeader(c, h); err != nil {
-			return err
+			return next, err
 		}
 		binary.LittleEndian.PutUint32(entry[:], uint32(next))
 		if err := c.WriteAt(0, entry[:], m.entryOff(block)); err != nil {
-			return err
+			return next, err
 		}
 		next++
 	}
-	k.used.end = max(k.used.end, next)
-	return c.Sync()
+	return next, c.Sync()
 }

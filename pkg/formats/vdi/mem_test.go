@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io/fs"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -500,4 +501,42 @@ func TestCheck_IndexBeyondBlocks(t *testing.T) {
 	poke32(t, fsys, "a.vdi", mapOff, 12)
 	poke32(t, fsys, "a.vdi", allocatedAt, 13)
 	expectRepaired(t, fsys, 0, 10, "counts 13", smallData())
+}
+
+// A map whose entries all name one block, or that leave very many blocks out, takes no
+// memory for each.
+func TestCheck_HugeMaps(t *testing.T) {
+	const blocks = 1 << 22
+	for name, last := range map[string]uint32{"one block, but the first entry": 0, "one at the end": blocks - 1} {
+		fsys := vfs.NewMem()
+		memCreate(t, fsys, formats.CreateRequest{Name: "a.vdi", SizeBytes: 4096})
+		const end = (512 + 4*blocks + 1<<20) >> 20 << 20
+		poke32(t, fsys, "a.vdi", dataAt, end)
+		poke32(t, fsys, "a.vdi", blocksAt, blocks)
+		poke32(t, fsys, "a.vdi", blockSizeAt, 512)
+		if last != 0 {
+			poke(t, fsys, "a.vdi", mapOff, bytes.Repeat([]byte{0xff}, 4*blocks)...)
+			poke32(t, fsys, "a.vdi", mapOff, last)
+		}
+		if err := truncate(fsys, "a.vdi", end+512*blocks); err != nil {
+			t.Fatal(err)
+		}
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		result := check(t, fsys, vfs.ReadOnly)
+		if last == 0 && result.Corruptions != blocks-2 || last != 0 && result.Leaks != blocks-1 {
+			t.Errorf("%s: %d corruptions, %d leaks", name, result.Corruptions, result.Leaks)
+		}
+		image := memOpen(t, fsys, "a.vdi", vfs.ReadWrite)
+		if _, err := image.WriteAt([]byte{1}, 0); (err == nil) != (last != 0) {
+			t.Errorf("%s: write: %v", name, err)
+		}
+		runtime.ReadMemStats(&after)
+		if n := after.TotalAlloc - before.TotalAlloc; n > 160<<20 {
+			t.Errorf("%s: %d MiB were allocated", name, n>>20)
+		}
+		if err := image.Close(); err != nil {
+			t.Error(err)
+		}
+	}
 }

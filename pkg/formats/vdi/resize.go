@@ -229,8 +229,8 @@ func (m *image) move(c *engine.Commit, to func(index int64) int64) error {
 	end := m.h.allocated()
 	err := m.eachEntry(0, m.h.blocks(), func(_ int64, entry uint32) error {
 		index := int64(entry)
-		if index >= m.indexLimit {
-			return nil // free, zero, or bad
+		if _, done := moved[index]; done || index >= m.indexLimit {
+			return nil // shared, in an image that is being repaired; or free, zero, bad
 		}
 		if place := to(index); place != index {
 			steps = append(steps, step{index, place})
@@ -342,22 +342,28 @@ func (m *image) freeEntries(c *engine.Commit, from int64) error {
 // pack moves the last blocks of the file into unused places before them, so that the
 // blocks in use are the first ones, and returns how many they are.
 func (m *image) pack(c *engine.Commit) (int64, error) {
-	u, err := m.scan()
-	if err != nil {
-		return 0, err
-	}
-	var places []int64
-	u.eachFree(func(index int64) {
-		if index < u.count {
+	for {
+		u, err := m.scan()
+		if err != nil || u.end == u.count {
+			return u.count, err
+		}
+		var places []int64
+		for index := range u.free() {
+			if index >= u.count {
+				break
+			}
 			places = append(places, index)
 		}
-	})
-	return u.count, m.move(c, func(index int64) int64 {
-		if index < u.count || len(places) == 0 {
-			return index
+		err = m.move(c, func(index int64) int64 {
+			if index < u.count || len(places) == 0 {
+				return index
+			}
+			place := places[0]
+			places = places[1:]
+			return place
+		})
+		if err != nil {
+			return 0, err
 		}
-		place := places[0]
-		places = places[1:]
-		return place
-	})
+	}
 }

@@ -65,9 +65,9 @@ func (m *image) setRoom(c *engine.Commit, u *usage) error {
 
 func (m *image) useRoom(u *usage) {
 	m.room = room{next: u.end}
-	u.eachFree(func(index int64) {
+	for index := range u.free() {
 		m.room.free = append(m.room.free, freeBlock{index: index})
-	})
+	}
 }
 
 // Allocate reserves blocks: free ones, or new ones behind all others.

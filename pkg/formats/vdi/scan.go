@@ -2,6 +2,7 @@ package vdi
 
 import (
 	"encoding/binary"
+	"iter"
 	"math/bits"
 )
 
@@ -28,15 +29,24 @@ func (u *usage) take(index int64) bool {
 	return true
 }
 
-// eachFree calls f with each unused index below the end, in order.
-func (u *usage) eachFree(f func(index int64)) {
-	for word := int64(0); word*64 < u.end; word++ {
-		for free := ^u.used[word]; free != 0; free &= free - 1 {
-			index := word*64 + int64(bits.TrailingZeros64(free))
-			if index >= u.end {
-				return
+// maxFree bounds how many free blocks are remembered.
+const maxFree = 1 << 20
+
+// free are the unused indexes below the end, in order: not all of them, if a file says
+// that it has very many. Others are found another time.
+func (u *usage) free() iter.Seq[int64] {
+	return func(yield func(int64) bool) {
+		count := 0
+		for word := int64(0); word*64 < u.end; word++ {
+			for free := ^u.used[word]; free != 0; free &= free - 1 {
+				index := word*64 + int64(bits.TrailingZeros64(free))
+				if index >= u.end {
+					return
+				}
+				if count++; count > maxFree || !yield(index) {
+					return
+				}
 			}
-			f(index)
 		}
 	}
 }

@@ -25,22 +25,22 @@ func TestMain(m *testing.M) {
 func factories() []formattest.Factory {
 	return []formattest.Factory{
 		{
-			Name: "dynamic", Format: vdi.Format{}, CanShrink: true, CanRebase: true,
+			Name: "dynamic", Format: vdi.Format{}, CanShrink: true, RepairsLeaks: true, CanRebase: true,
 			Create:  formats.CreateRequest{ClusterBytes: 4 << 10},
 			Overlay: &formats.CreateRequest{ClusterBytes: 8 << 10},
 		},
 		{
-			Name: "static", Format: vdi.Format{}, CanShrink: true, CanRebase: true,
+			Name: "static", Format: vdi.Format{}, CanShrink: true, RepairsLeaks: true, CanRebase: true,
 			Create:  formats.CreateRequest{ClusterBytes: 8 << 10, Subformat: "static"},
 			Overlay: &formats.CreateRequest{ClusterBytes: 4 << 10},
 		},
 		{
 			// The map has 128 entries at first, and outgrows its place.
-			Name: "tight", Format: tight{}, CanShrink: true, Cost: 6, SizeBytes: 125*4096 + 512,
+			Name: "tight", Format: tight{}, CanShrink: true, RepairsLeaks: true, Cost: 6, SizeBytes: 125*4096 + 512,
 			Create: formats.CreateRequest{ClusterBytes: 4 << 10},
 		},
 		{
-			Name: "qemu", Format: vdi.Format{}, QEMU: "vdi", CanShrink: true, Cost: 40, SizeBytes: 4<<20 + 512,
+			Name: "qemu", Format: vdi.Format{}, QEMU: "vdi", CanShrink: true, RepairsLeaks: true, Cost: 80, SizeBytes: 4<<20 + 512,
 			BeforeOracle: repair,
 		},
 	}
@@ -65,9 +65,11 @@ func tighten(req formats.CreateRequest) error {
 	if err != nil {
 		return err
 	}
-	const mapEnd, extraBytes = 1024, 512
+	const extraBytes = 512
 	le := binary.LittleEndian
-	_, err = file.WriteAt(le.AppendUint32(nil, mapEnd), 0x158)
+	blocks := (req.SizeBytes + req.ClusterBytes - 1) / req.ClusterBytes
+	mapEnd := (512 + 4*blocks + 511) / 512 * 512
+	_, err = file.WriteAt(le.AppendUint32(nil, uint32(mapEnd)), 0x158)
 	if err == nil {
 		_, err = file.WriteAt(le.AppendUint32(nil, extraBytes), 0x17c)
 	}

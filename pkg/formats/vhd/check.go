@@ -180,6 +180,9 @@ func (k *checker) repair(c *engine.Commit) error {
 	}
 	m.room = room{end: k.usage.end, clean: m.fileBytes, loans: map[int64]*loan{}}
 	for _, number := range k.sharing {
+		if err := k.ctx.Err(); err != nil {
+			return err
+		}
 		if err := k.separate(c, number); err != nil {
 			return err
 		}
