@@ -40,6 +40,7 @@ func TestSuite_FindsBugs(t *testing.T) {
 		"parent's format is forgotten": "on_raw/Model",
 		"shrink loses what stays":      "Shrink",
 		"shrink is not durable":        "Shrink",
+		"all tables are kept":          "Memory",
 		"repair harms data":            "Repair",
 		"rebase writes nothing":        "Rebase",
 		"no password is needed":        "encrypted/Secret",

@@ -139,6 +139,7 @@ var parts = []struct {
 	{"Locks", false, testLocks},
 	{"Secret", false, testSecret},
 	{"Repair", false, testRepair},
+	{"Memory", false, testMemory},
 	{"FullStore", false, testFullStore},
 	{"Hostile", true, testHostile},
 	{"CrashSweep", false, testCrashSweep},

@@ -219,6 +219,9 @@ func (f toy) fill(l *engine.Layer, file vfs.File, req formats.OpenRequest) error
 		return toyWrong("%s is %d bytes long", req.Name, size)
 	}
 	c := &toyCodec{toy: f, l: l, h: h, file: file, filled: size > toyDataStart(h.entries)}
+	if c.bug.is("all tables are kept") {
+		c.kept = bytes.Repeat([]byte{1}, int(min(toyEntryOff(h.entries)*256, 256<<20)))
+	}
 	c.space = engine.NewSpace(file, 0, size, toyClusterBytes, 0)
 	l.Codec = c
 	if h.parent != "" && !f.bug.is("parent is ignored") {
@@ -241,6 +244,7 @@ type toyCodec struct {
 	file  vfs.File
 	h     toyHeader
 	space *engine.Space
+	kept  []byte // what a bug keeps
 	// filled says that an image had contents when it was opened.
 	filled bool
 }
