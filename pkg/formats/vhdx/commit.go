@@ -20,6 +20,9 @@ func (m *image) Begin(c *engine.Commit) error {
 }
 
 func (m *image) begin(c *engine.Commit) error {
+	if err := m.header.checkLogLength(); err != nil {
+		return err
+	}
 	if err := m.makeSpace(); err != nil {
 		return err
 	}

@@ -35,7 +35,8 @@
 //
 // Refused, each with a sentence that names it: other versions; required regions and
 // metadata items that are unknown; regions, log or table outside the file or overlapping;
-// logs of more than 32 MiB; log entries that change headers or the log, zero more than
+// logs of more than 32 MiB that are in use (or would be: with an empty one, an image is only
+// read); log entries that change headers or the log, zero more than
 // 1 GiB, lengthen the file by more than 1 TiB, or were written for a longer file. An image
 // with two owners of one place, or entries that point outside the file or into metadata, is
 // only read; what it says of the places concerned, not even that.
@@ -88,7 +89,8 @@
 // # Limits
 //
 // Files of more than 256 TiB are only read. Which space is free is found by reading the
-// whole table when an image is opened for writing. Sector bitmaps stay when nothing needs
+// whole table before the first change. Sector bitmaps stay when nothing needs
 // them any more. Zeroing a part of a differencing image's block writes zeroes; only whole
-// blocks become "zero".
+// blocks become "zero". A child gets the disk ID of its parent, but none of the metadata
+// items that users may have added there.
 package vhdx

@@ -120,7 +120,13 @@ func (h *header) validate() error {
 		return corrupt("header: a log of %d bytes at %#x, want multiples of 1 MiB behind the header section", h.logLength, h.logOffset)
 	case h.log != guid{} && h.logLength == 0:
 		return corrupt("header: a log GUID, but no log")
-	case h.logLength > maxLogBytes:
+	}
+	return nil
+}
+
+// checkLogLength refuses logs that are too long to be read, or to be used.
+func (h *header) checkLogLength() error {
+	if h.logLength > maxLogBytes {
 		return unsupported("header: a log of %d bytes, want at most %d", h.logLength, maxLogBytes)
 	}
 	return nil

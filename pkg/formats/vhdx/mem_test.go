@@ -83,7 +83,7 @@ func TestOpen_Refuses(t *testing.T) {
 		"equal but differ":  {func(f []byte) { copy(f[header1+8:header1+16], f[header2+8:header2+16]); f[header1+20] ^= 1 }, "sequence number", block.ErrCorrupt},
 		"log GUID, no log":  {both(64<<10, func(o int) func([]byte) { return func(f []byte) { f[o-20] = 1; put32(o, 0)(f) } }, header1+68), "a log GUID, but no log", block.ErrCorrupt},
 		"log version":       {both(64<<10, func(o int) func([]byte) { return func(f []byte) { f[o-16] = 1; f[o] = 1 } }, header1+64), "log version 1", block.ErrUnsupported},
-		"long log":          {both(64<<10, func(o int) func([]byte) { return put32(o, 1<<30) }, header1+68), "want at most", block.ErrUnsupported},
+		"long log":          {both(64<<10, func(o int) func([]byte) { return func(f []byte) { f[o-20] = 1; put32(o, 1<<30)(f) } }, header1+68), "want at most", block.ErrUnsupported},
 		"odd log":           {both(64<<10, func(o int) func([]byte) { return put64(o, 1<<20+4096) }, header1+72), "multiples of 1 MiB", block.ErrCorrupt},
 		"log over BAT":      {both(64<<10, func(o int) func([]byte) { return put64(o, batAt) }, header1+72), "overlap", block.ErrCorrupt},
 		"log past the end":  {both(64<<10, func(o int) func([]byte) { return put64(o, 1<<40) }, header1+72), "truncated", block.ErrCorrupt},
@@ -522,5 +522,32 @@ func TestVerifyParent(t *testing.T) {
 	_, err := formats.Open(context.Background(), mem, "child.vhdx", formats.OpenOptions{Format: "vhdx"})
 	if !errors.Is(err, block.ErrCorrupt) || !strings.Contains(err.Error(), "was written to after its child was made") {
 		t.Errorf("error %v", err)
+	}
+}
+
+// An image whose log is too long to be used, but empty, is read.
+func TestLongLog(t *testing.T) {
+	mem := newSmall(t)
+	want := readAll(t, mem)
+	const logOffset, logLength = 8 << 20, 40 << 20
+	edit(t, mem, func(f []byte) {
+		for _, h := range []int{header1, header2} {
+			put32(h+68, logLength)(f)
+			put64(h+72, logOffset)(f)
+		}
+	})
+	f, err := mem.Open("a.vhdx", vfs.ReadWrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Truncate(logOffset+logLength), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(readAll(t, mem), want) {
+		t.Error("it reads differently")
+	}
+	image := mustOpen(t, mem, "a.vhdx", vfs.ReadWrite)
+	if _, err := image.WriteAt([]byte("x"), 0); !errors.Is(err, block.ErrUnsupported) {
+		t.Errorf("a write: %v", err)
 	}
 }

@@ -105,6 +105,9 @@ func (m *image) readLog() error {
 	if h.log == (guid{}) {
 		return nil
 	}
+	if err := h.checkLogLength(); err != nil {
+		return err
+	}
 	size, err := m.file.Size()
 	if err != nil {
 		return fmt.Errorf("size of %s: %w", m.file.Name(), err)
