@@ -46,12 +46,12 @@
 //	        because Lookup and Granule answer in bytes. streamOptimized grains are
 //	        Compressed runs.
 //	vhdx    the BAT is a table. Commit writes the dirty sectors into the log, syncs,
-//	        writes them in place, syncs; Begin writes the headers with new GUIDs; Close
+//	        writes them in place, syncs; Begin writes the headers with new GUIDs; Finish
 //	        empties the log. A differencing disk's sector bitmap makes Lookup answer
 //	        in sectors: a block that has space but lacks a sector is Absent there, its
 //	        Granule is a sector, and Allocate returns the place the block already has.
-//	        An open with a dirty log applies it to Tables: written with Begin, or kept
-//	        in memory when read-only.
+//	        The file of an image with a dirty log shows what the log says; the first
+//	        change writes that.
 //	vdi     the block map is a table; discarded blocks are Zero runs.
 //	qcow    two-level tables; compressed clusters are Compressed runs; encryption is a
 //	        Cipher.
