@@ -641,6 +641,18 @@ func TestOracle_Repair(t *testing.T) {
 			l2 := be.Uint64(p[be.Uint64(p[40:]):]) & (1<<56 - 1)
 			copy(p[l2+8:l2+16], p[l2:l2+8])
 		},
+		"two owners, and marks": func(p []byte, _ *rand.Rand) {
+			l2 := be.Uint64(p[be.Uint64(p[40:]):]) & (1<<56 - 1)
+			copy(p[l2+8:l2+16], p[l2:l2+8])
+			for j := range uint64(512) {
+				p[l2+8*j] &= 0x7f
+			}
+		},
+		"two owners, and no refcount block": func(p []byte, _ *rand.Rand) {
+			l2 := be.Uint64(p[be.Uint64(p[40:]):]) & (1<<56 - 1)
+			copy(p[l2+8:l2+16], p[l2:l2+8])
+			be.PutUint64(p[be.Uint64(p[48:]):], 0)
+		},
 		"data where metadata is": func(p []byte, _ *rand.Rand) {
 			l2 := be.Uint64(p[be.Uint64(p[40:]):]) & (1<<56 - 1)
 			be.PutUint64(p[l2+8:], be.Uint64(p[be.Uint64(p[48:]):])|1<<63)
@@ -673,7 +685,7 @@ func TestOracle_Repair(t *testing.T) {
 			damage(p, r)
 			writeFile(t, dir, "a.qcow2", p)
 			switch name {
-			case "two owners":
+			case "two owners", "two owners, and marks", "two owners, and no refcount block":
 				copy(disk[4<<10:8<<10], disk[:4<<10])
 			case "two L1 entries for one table": // of 2 MiB each
 				copy(disk[2<<20:], disk[:1<<20])

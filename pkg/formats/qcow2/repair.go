@@ -35,7 +35,7 @@ func (k *checker) copyOut(cluster int64, e entry) (entry, error) {
 	e.descriptor = e.descriptor&^offsetMask | uint64(m.fileEnd) | flagCopied
 	binary.BigEndian.PutUint64(k.table[cluster&(1<<m.l2Bits-1)<<m.entryShift:], e.descriptor)
 	k.changed = true
-	err := k.commit.WriteAt(0, p, m.fileEnd)
+	err := k.writePast(p, m.fileEnd)
 	m.fileEnd += m.clusterBytes
 	return e, err
 }
@@ -60,7 +60,7 @@ func (k *checker) copyTable(l1Index int64, own *clusterSet) (uint64, error) {
 		return 0, err
 	}
 	copied := uint64(m.fileEnd) | flagCopied
-	if err := k.commit.WriteAt(0, k.table, m.fileEnd); err != nil {
+	if err := k.writePast(k.table, m.fileEnd); err != nil {
 		return 0, err
 	}
 	m.fileEnd += m.clusterBytes
@@ -68,7 +68,7 @@ func (k *checker) copyTable(l1Index int64, own *clusterSet) (uint64, error) {
 		return 0, err
 	}
 	m.l1[l1Index] = copied
-	return copied, k.commit.WriteAt(0, binary.BigEndian.AppendUint64(nil, copied), at)
+	return copied, k.writePast(binary.BigEndian.AppendUint64(nil, copied), at)
 }
 
 // rebuild makes a new refcount table and new refcount blocks from what was counted, behind
@@ -112,7 +112,7 @@ func (k *checker) uncountRefcounts() error {
 		return nil
 	}
 	fresh := checker{ctx: k.ctx, image: m, table: make([]byte, m.clusterBytes)}
-	if err := fresh.countAll(); err != nil {
+	if err := fresh.countGuest(); err != nil {
 		return err
 	}
 	k.counts = fresh.counts
