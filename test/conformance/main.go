@@ -2,7 +2,7 @@
 // proven by how much, for every registered format and subformat:
 //
 //	go run ./test/conformance          all of it; the table goes into docs/formats.md, too
-//	go run ./test/conformance -short   a small part, in some minutes
+//	go run ./test/conformance -short   a small part, in some minutes; it goes nowhere
 //
 // The parts are the conformance suite of each format (package formattest), the tests of
 // this package (qemu-img, 7-Zip and libyal's tools beside ours), random operations through
@@ -24,16 +24,24 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/all"
 )
 
-// page is where the table is kept, between two markers.
-const page = "docs/formats.md"
-
 func main() {
-	short := flag.Bool("short", false, "do a small part, and leave "+page+" alone")
+	short := flag.Bool("short", false, "do a small part")
+	page := flag.String("page", "docs/formats.md", "file with two markers that the table is put between, if nothing has failed; a short run's only if this is given")
 	flag.Parse()
-	if err := conform(*short); err != nil {
+	if *short && !given("page") {
+		*page = ""
+	}
+	if err := conform(*short, *page); err != nil {
 		fmt.Fprintln(os.Stderr, "conformance:", err)
 		os.Exit(1)
 	}
+}
+
+// given reports whether a flag was given.
+func given(name string) bool {
+	found := false
+	flag.Visit(func(f *flag.Flag) { found = found || f.Name == name })
+	return found
 }
 
 // part is one of the programs that are run.
@@ -59,7 +67,7 @@ func parts(short bool) []part {
 	}
 }
 
-func conform(short bool) error {
+func conform(short bool, page string) error {
 	work, err := os.MkdirTemp("", "conformance")
 	if err != nil {
 		return err
@@ -83,9 +91,9 @@ func conform(short bool) error {
 	if err != nil {
 		return errors.Join(wrong, err)
 	}
-	table := newTable(reports, fuzzed).markdown(time.Since(began))
+	table := newTable(reports, fuzzed).markdown(time.Since(began), short)
 	fmt.Print(table)
-	if !short && wrong == nil {
+	if page != "" && wrong == nil {
 		wrong = replaceTable(page, table)
 	}
 	return wrong
@@ -103,7 +111,7 @@ func (p part) run(work string) ([]byte, error) {
 	cmd.Stdout, cmd.Stderr = log, log
 	err = cmd.Run()
 	out, readErr := os.ReadFile(log.Name())
-	os.Stderr.Write(out)
+	fmt.Fprint(os.Stderr, string(out))
 	return out, errors.Join(err, readErr)
 }
 

@@ -91,7 +91,11 @@ func rows(f formats.Format) []string {
 }
 
 // markdown returns the table and how it came about.
-func (t *table) markdown(took time.Duration) string {
+func (t *table) markdown(took time.Duration, short bool) string {
+	command := "make conformance"
+	if short {
+		command += " SHORT=1"
+	}
 	var b strings.Builder
 	b.WriteString("| format |")
 	for _, c := range columns {
@@ -107,8 +111,8 @@ func (t *table) markdown(took time.Duration) string {
 			b.WriteString("\n")
 		}
 	}
-	fmt.Fprintf(&b, "\nMade by `make conformance` on %s in %s, with %s; %s.\n",
-		time.Now().UTC().Format(time.DateOnly), took.Round(time.Second), version("qemu-img", "--version"), version("7z"))
+	fmt.Fprintf(&b, "\nMade by `%s` on %s in %s, with %s; %s.\n",
+		command, time.Now().UTC().Format(time.DateOnly), took.Round(time.Second), version("qemu-img", "--version"), version("7z"))
 	for _, f := range formats.All() {
 		for _, row := range rows(f) {
 			for _, test := range t.failed[row] {
