@@ -134,6 +134,7 @@ func TestSnapshot(t *testing.T) {
 // Other programs follow our links to parents of other formats.
 func TestCreate_OnAnotherFormat(t *testing.T) {
 	testenv.Oracle(t, "qemu-img")
+	all.Register()
 	base, _ := baseAndOver()
 	f, err := formats.Lookup("qcow2")
 	if err != nil {
