@@ -37,7 +37,7 @@
 // metadata items that are unknown; regions, log or table outside the file or overlapping;
 // logs of more than 32 MiB that are in use (or would be: with an empty one, an image is only
 // read); log entries that change headers or the log, zero more than
-// 1 GiB, lengthen the file by more than 1 TiB, or were written for a longer file. An image
+// 1 GiB, lengthen the file by more than 16 GiB, or were written for a longer file. An image
 // with two owners of one place, or entries that point outside the file or into metadata, is
 // only read; what it says of the places concerned, not even that.
 //

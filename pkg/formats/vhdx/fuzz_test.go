@@ -104,7 +104,7 @@ func TestHostile_Log(t *testing.T) {
 	intact := readFile(t, dirty, "a.vhdx")
 	extremes := []uint64{0, 1, 1 << 12, 1 << 20, 1 << 31, 1<<32 - 1, 1 << 40, 1 << 62, 1<<63 - 1, 1<<64 - 1}
 	opened := 0
-	for i := range 300 {
+	for i := range 100 {
 		mem := dirty.Clone()
 		file := append([]byte(nil), intact...)
 		for range 1 + r.IntN(3) {
@@ -131,8 +131,8 @@ func TestHostile_Log(t *testing.T) {
 			t.Fatalf("image %d took %d MiB and %v", i, n>>20, time.Since(began))
 		}
 	}
-	if opened < 50 {
-		t.Errorf("%d of 600 could be opened: nothing was tested", opened)
+	if opened < 15 {
+		t.Errorf("%d of 200 could be opened: nothing was tested", opened)
 	}
 }
 

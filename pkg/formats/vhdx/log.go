@@ -31,7 +31,7 @@ const (
 	// maxReplayZeroBytes is how much a replay zeroes at most.
 	maxReplayZeroBytes = 1 << 30
 	// maxReplayGrowth is how much a replay lengthens the file at most.
-	maxReplayGrowth = 1 << 40
+	maxReplayGrowth = 16 << 30
 )
 
 // entry is an intact log entry.

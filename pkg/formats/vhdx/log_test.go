@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"io"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 
 var testGUID = mustGUID("01020304-0506-4708-890a-0b0c0d0e0f10")
@@ -247,6 +249,29 @@ func TestReplay_Show(t *testing.T) {
 		}
 		if !bytes.Equal(got, want) {
 			t.Fatal("the file shows something else")
+		}
+	}
+}
+
+// The file under a replay has data where the log does, too.
+func TestReplayedFile_NextData(t *testing.T) {
+	mem := vfs.NewMem()
+	f, err := mem.Create("f")
+	if err == nil {
+		_, err = f.WriteAt([]byte("x"), 3*mib)
+	}
+	if err == nil {
+		err = f.Truncate(6 * mib)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := &replayedFile{File: f}
+	file.pending.Store(&replay{size: 6 * mib, pages: map[int64][]byte{mib: nil, 5 * mib: nil}})
+	for off, want := range map[int64]int64{0: mib, mib + 100: mib + 100, mib + logSectorBytes: 3 * mib, 4 * mib: 5 * mib, 5*mib + logSectorBytes: -1} {
+		start, end, err := file.NextData(off)
+		if want < 0 && err != io.EOF || want >= 0 && (err != nil || start != want || end <= start) {
+			t.Errorf("from %#x on, data is from %#x to %#x, error %v; want %#x", off, start, end, err, want)
 		}
 	}
 }

@@ -325,6 +325,11 @@ func TestDirtyLog(t *testing.T) {
 	dirty := dirtyImage(t, r)
 	file := readFile(t, dirty, "a.vhdx")
 	want := readAll(t, dirty)
+	for _, p := range check(t, dirty, false).Problems {
+		if !strings.Contains(p.Text, "the log holds changes") && !strings.Contains(p.Text, "nothing refers to") {
+			t.Errorf("check: %s", p.Text)
+		}
+	}
 	image := mustOpen(t, dirty, "a.vhdx", vfs.ReadWrite)
 	if !bytes.Equal(readGuest(t, image), want) {
 		t.Error("opened for writing, it reads differently")

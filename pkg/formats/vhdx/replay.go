@@ -209,14 +209,31 @@ func (r *replay) show(p []byte, off int64) {
 	}
 }
 
-// NextData says that all of the file is data: what the log adds may lie anywhere.
+// NextData returns what the file, or its log, has next.
 func (f *replayedFile) NextData(off int64) (start, end int64, err error) {
-	if f.pending.Load() == nil {
+	r := f.pending.Load()
+	if r == nil {
 		return f.File.NextData(off)
 	}
-	size, err := f.Size()
-	if err == nil && off >= size {
-		err = io.EOF
+	start, end, err = f.File.NextData(off)
+	if err != nil && err != io.EOF {
+		return start, end, err
 	}
-	return off, size, err
+	page, ok := r.nextPage(off)
+	if ok && (err == io.EOF || page < start) {
+		return max(page, off), page + logSectorBytes, nil
+	}
+	return start, end, err
+}
+
+// nextPage returns where the first page lies that does not end before off.
+func (r *replay) nextPage(off int64) (int64, bool) {
+	first := off &^ (logSectorBytes - 1)
+	next, found := int64(0), false
+	for at := range r.pages {
+		if at >= first && (!found || at < next) {
+			next, found = at, true
+		}
+	}
+	return next, found
 }
