@@ -46,7 +46,7 @@ func TestStore_ListTreeCheck(t *testing.T) {
 	}
 	for _, args := range [][]string{{"store", "list", dir}, {"store", "tree", dir}} {
 		out := ok(t, args...)
-		if !strings.Contains(out, "vmdk") || !strings.Contains(out, "w") {
+		if !strings.Contains(out, "qcow2") || !strings.Contains(out, "w") {
 			t.Errorf("%v: %s", args, out)
 		}
 	}
@@ -54,18 +54,18 @@ func TestStore_ListTreeCheck(t *testing.T) {
 		t.Errorf("check: %s", out)
 	}
 	// An image in a store may stand on another volume's: its root is the store.
-	info := decode[imageInfo](t, ok(t, "image", "info", "-o", "json", filepath.Join(dir, "volumes", "w", "w.vmdk")))
-	if info.BackingFilename != "../v/v.vmdk" {
+	info := decode[imageInfo](t, ok(t, "image", "info", "-o", "json", filepath.Join(dir, "volumes", "w", "w.qcow2")))
+	if info.BackingFilename != "../v/v.qcow2" {
 		t.Errorf("the clone stands on %q", info.BackingFilename)
 	}
 }
 
 func TestStore_CheckFindsAndRepairs(t *testing.T) {
 	dir := newStore(t)
-	orphan := filepath.Join(dir, "volumes", "v", "v-000009.vmdk")
+	orphan := filepath.Join(dir, "volumes", "v", "v-000009.qcow2")
 	ok(t, "image", "create", orphan, "16M")
 	r := run(t, "store", "check", dir)
-	if r.code != checkLeaks || !strings.Contains(r.stdout, "v-000009.vmdk") {
+	if r.code != checkLeaks || !strings.Contains(r.stdout, "v-000009.qcow2") {
 		t.Errorf("check with an orphan: code %d, %s%s", r.code, r.stdout, r.stderr)
 	}
 	if _, err := os.Stat(orphan); err != nil {
@@ -76,11 +76,11 @@ func TestStore_CheckFindsAndRepairs(t *testing.T) {
 		t.Error("check --repair leaves an orphan")
 	}
 
-	layer := filepath.Join(dir, "volumes", "w", "w.vmdk")
+	layer := filepath.Join(dir, "volumes", "w", "w.qcow2")
 	if err := os.Remove(layer); err != nil {
 		t.Fatal(err)
 	}
-	if r := run(t, "store", "check", dir); r.code != checkCorrupt || !strings.Contains(r.stdout, "w.vmdk") {
+	if r := run(t, "store", "check", dir); r.code != checkCorrupt || !strings.Contains(r.stdout, "w.qcow2") {
 		t.Errorf("check with a missing layer: code %d, %s%s", r.code, r.stdout, r.stderr)
 	}
 }
