@@ -150,12 +150,10 @@ func (d *Disk) relink(parent *Parent) error {
 	defer d.mapping.Unlock()
 	top := d.top()
 	c := bareCommit(top)
+	defer d.noteLost(c)
 	err := top.Codec.SetParent(c, parent)
 	if err == nil {
-		if err = c.Sync(); err != nil {
-			// The image may stand on either parent.
-			d.poison.Store(&err)
-		}
+		err = c.Sync()
 	}
 	top.Tables.letGo()
 	d.journal.start(top.journalIdentity())

@@ -15,6 +15,7 @@ type Commit struct {
 	sectors  []Sector
 	pages    []*page
 	unsynced map[int]bool
+	lost     error // of the first sync that failed
 }
 
 // Sector is a changed table sector.
@@ -166,7 +167,8 @@ func (c *Commit) Sync() error {
 	for file := range c.unsynced {
 		f := c.layer.Files[file]
 		if err := f.Sync(); err != nil {
-			return fmt.Errorf("sync %s: %w", f.Name(), err)
+			c.lost = fmt.Errorf("sync %s: %w", f.Name(), err)
+			return c.lost
 		}
 		delete(c.unsynced, file)
 	}

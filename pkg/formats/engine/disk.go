@@ -159,6 +159,14 @@ func (d *Disk) poisoned() error {
 	return nil
 }
 
+// noteLost poisons the disk if a sync through c failed: the kernel may have dropped guest
+// data with it, also that of an earlier process, and would not say so again.
+func (d *Disk) noteLost(c *Commit) {
+	if c.lost != nil {
+		d.poison.Store(&c.lost)
+	}
+}
+
 // begin marks the top layer as being changed, once, before its first change.
 func (d *Disk) begin() error {
 	if d.begun.Load() {
@@ -173,6 +181,7 @@ func (d *Disk) begin() error {
 	defer d.mapping.Unlock()
 	top := d.top()
 	c := bareCommit(top)
+	defer d.noteLost(c)
 	if err := top.Codec.Begin(c); err != nil {
 		return fmt.Errorf("mark %s as being changed: %w", top.Name, err)
 	}

@@ -80,12 +80,10 @@ func (d *Disk) setSize(sizeBytes int64) error {
 	defer d.mapping.Unlock()
 	top := d.top()
 	c := bareCommit(top)
+	defer d.noteLost(c)
 	err := top.Codec.Resize(c, sizeBytes)
 	if err == nil {
-		if err = c.Sync(); err != nil {
-			// The codec has another size, the image may not: nobody may rely on either.
-			d.poison.Store(&err)
-		}
+		err = c.Sync()
 	}
 	top.Tables.letGo()
 	top.geometry = top.Codec.Geometry()
