@@ -16,8 +16,8 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
 )
 
 const mib = 1 << 20

@@ -3,7 +3,7 @@ package nbdlocal
 import (
 	"testing"
 
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 )
 
 func write(off int64, n int) *request { return &request{cmd: cmdWrite, off: off, n: n} }

@@ -9,8 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/store"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )

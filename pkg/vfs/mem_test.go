@@ -12,7 +12,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 

@@ -3,7 +3,7 @@ package vfs
 import (
 	"testing"
 
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 )
 
 // TestPageSet compares a pageSet with a plain array.

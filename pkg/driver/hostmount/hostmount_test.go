@@ -10,9 +10,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/driver"
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
 )
 
 const mib = 1 << 20

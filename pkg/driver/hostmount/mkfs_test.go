@@ -11,8 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
 )
 
 // childEnv names the device that a child of the test formats until it is killed.

@@ -6,8 +6,8 @@ import (
 	"math/rand/v2"
 	"testing"
 
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 

@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"testing"
 
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 

@@ -11,9 +11,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vhdx"
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 

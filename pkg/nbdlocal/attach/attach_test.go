@@ -5,7 +5,7 @@ import (
 	"strconv"
 	"testing"
 
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/internal/testenv"
+	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach/attachtest"
 )
