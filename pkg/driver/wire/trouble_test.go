@@ -74,7 +74,7 @@ func TestFullStore(t *testing.T) {
 	})
 	w := newWorldOn(t, store)
 	v := w.volume("large", "block")
-	err := v.create(64*mib, nil, map[string]string{"preallocation": "full", "subformat": "monolithicFlat"})
+	err := v.create(64*mib, nil, map[string]string{"format": "vmdk", "preallocation": "full", "subformat": "monolithicFlat"})
 	if status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("a volume that does not fit: %v", err)
 	}
