@@ -416,6 +416,7 @@ func killBetweenRecordAndSwitch(t *testing.T, written bool) {
 	var a *store.Attached
 	var state atomic.Int32 // 1: armed, 2: wrote after the first flush, 3: recorded
 	early := make(chan bool, 1)
+	wrote := make(chan struct{})
 	s := openStore(t, vfs.Inject(m, func(op vfs.Op) error {
 		switch {
 		case state.Load() == 1 && op.Kind == vfs.OpOpen && op.Name == "volumes/v/volume.lock" && exists(m, "volumes/v/v-000001.qcow2"):
@@ -423,7 +424,10 @@ func killBetweenRecordAndSwitch(t *testing.T, written bool) {
 			writeStamp(t, a, 3*mib, 2)
 		case state.Load() == 2 && op.Kind == vfs.OpSyncDir && strings.Contains(contents(t, m, "volumes/v/volume.json"), `"layer": "volumes/v/v.qcow2"`):
 			state.Store(3)
-			early <- returnsSoon(func() { writeStamp(t, a, 5*mib, 2) })
+			early <- returnsSoon(func() {
+				defer close(wrote)
+				writeStamp(t, a, 5*mib, 2)
+			})
 			left = m.Clone()
 			must(t, os.CopyFS(journalLeft, os.DirFS(journalDir)))
 		}
@@ -438,6 +442,10 @@ func killBetweenRecordAndSwitch(t *testing.T, written bool) {
 	}
 	state.Store(1)
 	must(t, ignoreSnapshot(openStore(t, m).CreateSnapshot(t.Context(), "v", "s")))
+	if state.Load() != 3 {
+		t.Fatal("the switch was not seen")
+	}
+	<-wrote
 	must(t, a.Close())
 	if <-early {
 		t.Error("a write completed while the record and the device named different tops")

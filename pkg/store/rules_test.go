@@ -127,6 +127,33 @@ func TestCreateVolume_Again(t *testing.T) {
 	}
 }
 
+// A volume restored or cloned with another format stands on the old one if it can, and else
+// is a copy: what a storage class says of all its volumes holds for these, too.
+func TestCreateVolume_AnotherFormat(t *testing.T) {
+	onBoth(t, func(t *testing.T, s *store.Store, _ vfs.FS) {
+		for _, origin := range []string{"raw", "vmdk", "qcow2"} {
+			create(t, s, store.CreateVolumeRequest{Name: origin, SizeBytes: 4 * mib, Format: origin})
+			withVolume(t, s, origin, store.AttachOptions{}, func(d block.Device) { writeStamp(t, d, mib, 3) })
+			must(t, ignoreSnapshot(s.CreateSnapshot(t.Context(), origin, origin+"-snap")))
+			for _, format := range []string{"", "raw", "vmdk", "qcow2"} {
+				for kind, source := range map[string]store.Source{"restored": {Snapshot: origin + "@" + origin + "-snap"}, "cloned": {Volume: origin}} {
+					name := fmt.Sprintf("%s-%s-as-%s", origin, kind, format)
+					rec := create(t, s, store.CreateVolumeRequest{Name: name, Format: format, Source: source})
+					if format != "" && rec.Format != format {
+						t.Errorf("%s has format %s", name, rec.Format)
+					}
+					withVolume(t, s, name, store.AttachOptions{}, func(d block.Device) {
+						expectStamp(t, d, mib, 3)
+						writeStamp(t, d, mib, 4)
+					})
+				}
+			}
+			withVolume(t, s, origin, store.AttachOptions{}, func(d block.Device) { expectStamp(t, d, mib, 3) })
+		}
+		expectSound(t, s, "all formats")
+	})
+}
+
 func TestCreateVolume_Refused(t *testing.T) {
 	s, m := newStore(t)
 	putImage(t, m, "i.vmdk", "vmdk", 4*mib)
@@ -149,7 +176,7 @@ func TestCreateVolume_Refused(t *testing.T) {
 		{store.CreateVolumeRequest{SizeBytes: mib, Parameters: store.Parameters{ClusterBytes: -4}}, block.ErrInvalid, "clusterSize -4"},
 		{store.CreateVolumeRequest{SizeBytes: mib, Parameters: store.Parameters{ClusterBytes: 1000}}, nil, "1000"},
 		{store.CreateVolumeRequest{Source: store.Source{Image: "missing"}}, block.ErrNotFound, "missing"},
-		{store.CreateVolumeRequest{Source: store.Source{Image: "i.img"}}, block.ErrUnsupported, "imageMode=copy"},
+		{store.CreateVolumeRequest{Format: "vmdk", Source: store.Source{Image: "i.img"}}, block.ErrUnsupported, "imageMode=copy"},
 		{store.CreateVolumeRequest{Format: "raw", Source: store.Source{Image: "i.vmdk"}}, block.ErrUnsupported, "imageMode=copy"},
 		{store.CreateVolumeRequest{Source: store.Source{Image: "i.vmdk", Mode: "guess"}}, block.ErrInvalid, "overlay or copy"},
 		{store.CreateVolumeRequest{Source: store.Source{Image: "i.vmdk", Volume: "v"}}, block.ErrInvalid, "at most one"},
@@ -159,7 +186,6 @@ func TestCreateVolume_Refused(t *testing.T) {
 		{store.CreateVolumeRequest{Source: store.Source{Snapshot: "v"}}, block.ErrInvalid, "<volume>@<snapshot>"},
 		{store.CreateVolumeRequest{Source: store.Source{Snapshot: "v@s"}}, block.ErrNotFound, "volume v"},
 		{store.CreateVolumeRequest{Source: store.Source{Volume: "missing"}}, block.ErrNotFound, "missing"},
-		{store.CreateVolumeRequest{Source: store.Source{Volume: "flat"}}, block.ErrUnsupported, "raw"},
 	} {
 		c.req.Name = "new"
 		_, err := s.CreateVolume(t.Context(), c.req)
@@ -249,8 +275,8 @@ func TestSnapshots_Rules(t *testing.T) {
 	}
 	_, err = s.CreateSnapshot(ctx, "w", "s")
 	expectError(t, "the same name on another volume", err, block.ErrExists, "volume v")
-	_, err = s.CreateSnapshot(ctx, "raw", "r")
-	expectError(t, "snapshot of a raw volume", err, block.ErrUnsupported, "raw")
+	must(t, ignoreSnapshot(s.CreateSnapshot(ctx, "raw", "r"))) // QCOW2 stands on it
+	must(t, s.DeleteSnapshot(ctx, "raw", "r"))
 	_, err = s.CreateSnapshot(ctx, "missing", "m")
 	expectError(t, "snapshot of nothing", err, block.ErrNotFound, "missing")
 	must(t, s.DeleteSnapshot(ctx, "missing", "m"))
@@ -640,7 +666,7 @@ func (locklessFile) Unlock() error           { return nil }
 // What a crash leaks is found, and repaired where nobody uses the image.
 func TestCheck_Repair(t *testing.T) {
 	s, m := newStore(t)
-	volume(t, s, "v")
+	create(t, s, store.CreateVolumeRequest{Name: "v", SizeBytes: 8 * mib, Format: "vmdk"})
 	a := attach(t, s, "v", "n")
 	writeStamp(t, a, 0, 1)
 	must(t, a.Flush())

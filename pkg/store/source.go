@@ -55,6 +55,9 @@ func orDefault(format string) string {
 // checkParameters refuses what the format cannot do, by the parameter's name.
 func checkParameters(req CreateVolumeRequest) error {
 	overlay := req.Source.Image != "" && req.Source.Mode == ImageOverlay || req.Source.Snapshot != "" || req.Source.Volume != ""
+	if format, err := formats.Lookup(req.Format); err == nil && len(format.Options().OverlaySubformats) == 0 {
+		overlay = false // it is copied
+	}
 	switch req.Parameters.Preallocation {
 	case "", string(formats.PreallocateOff):
 	default:
@@ -90,11 +93,31 @@ func (s *Store) resolveFrozen(ctx context.Context, volume, snapshot, format stri
 	case !snap.Ready:
 		return nil, fmt.Errorf("source: snapshot %s of volume %s is not taken yet: %w", snapshot, volume, block.ErrBusy)
 	}
-	b, err := s.standOn(ctx, rec.chainTo(snap.Layer), format, snap.SizeBytes)
+	b, err := s.baseOn(ctx, rec.chainTo(snap.Layer), format, snap.SizeBytes)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, s.explainMissing(volume, *snap, err)
 	}
 	return b, err
+}
+
+// baseOn returns a frozen chain to stand on, or to be copied if the wanted format cannot
+// stand on it: a storage class names the format of all of its volumes, restored ones too.
+func (s *Store) baseOn(ctx context.Context, layers []LayerRecord, wanted string, sizeBytes int64) (*base, error) {
+	if wanted == "" {
+		return s.standOn(ctx, layers, wanted, sizeBytes)
+	}
+	format, err := formats.Lookup(wanted)
+	if err != nil {
+		return nil, err
+	}
+	if standsOn(format, layers[len(layers)-1].Format) {
+		return s.standOn(ctx, layers, wanted, sizeBytes)
+	}
+	img, err := openChain(ctx, s.fs, layers, vfs.ReadOnly, nil)
+	if err != nil {
+		return nil, err
+	}
+	return &base{format: format, content: img}, nil
 }
 
 // explainMissing says why a snapshot's layer is not there: it was removed or merged since
