@@ -255,6 +255,9 @@ func (p *player) flush() error {
 	if err == nil {
 		p.m.durable = covered
 		p.m.since = slices.Clone(p.m.since[begun:])
+		if p.rig.f.Headerless {
+			p.sizes = []int64{p.m.size()}
+		}
 	}
 	return err
 }
@@ -279,7 +282,9 @@ func (p *player) noteOpened() error {
 		return err
 	}
 	p.m.resize(size)
-	p.sizes = []int64{size}
+	if !p.rig.f.Headerless { // else a file's length is not durable for having been seen
+		p.sizes = []int64{size}
+	}
 	return nil
 }
 
