@@ -26,13 +26,16 @@ type player struct {
 	interrupted *error
 
 	// mu guards m: hooks of the file system look at it in the middle of a step.
-	mu        sync.Mutex
-	m         *model
-	inFlight  []change // of the step being played
-	sizes     []int64  // that the disk may have when it is opened next
-	flushing  bool     // the step being played is a flush
-	poisoned  bool     // no write or flush may succeed until the image is reopened
-	snapshots []snapshot
+	mu       sync.Mutex
+	m        *model
+	inFlight []change // of the step being played
+	sizes    []int64  // that the disk may have when it is opened next
+	// sizeCertain: the image has the size that it says, no Resize has failed since it was
+	// opened; touched: something has been changed since then.
+	sizeCertain, touched bool
+	flushing             bool // the step being played is a flush
+	poisoned             bool // no write or flush may succeed until the image is reopened
+	snapshots            []snapshot
 }
 
 // snapshot is what a layer that was pushed down must hold for ever.
@@ -220,6 +223,7 @@ func (p *player) begin(ch change) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.inFlight = []change{p.m.begin(ch)}
+	p.touched = true
 }
 
 func (p *player) ask(o op, ch change) error {
@@ -255,7 +259,7 @@ func (p *player) flush() error {
 	if err == nil {
 		p.m.durable = covered
 		p.m.since = slices.Clone(p.m.since[begun:])
-		if p.rig.f.Headerless {
+		if p.touched && p.sizeCertain {
 			p.sizes = []int64{p.m.size()}
 		}
 	}
@@ -282,9 +286,8 @@ func (p *player) noteOpened() error {
 		return err
 	}
 	p.m.resize(size)
-	if !p.rig.f.Headerless { // else a file's length is not durable for having been seen
-		p.sizes = []int64{size}
-	}
+	// A size need not be durable for having been seen, until something has been flushed.
+	p.sizeCertain, p.touched = true, false
 	return nil
 }
 
@@ -324,6 +327,7 @@ func (p *player) resize(o op) (ioErr, wrong error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.inFlight = nil
+	p.sizeCertain = ioErr == nil
 	if size != o.off && (ioErr == nil || size != old) {
 		return ioErr, fmt.Errorf("the disk has %d bytes, want %d; it had %d", size, o.off, old)
 	}

@@ -49,6 +49,13 @@ func (m *image) Begin(c *engine.Commit) error {
 	if err := c.Sync(); err != nil {
 		return fmt.Errorf("vmdk: change %s: %w", keyCID, err)
 	}
+	if m.descriptorRoom == 0 {
+		// Who resized the image last may have been killed after it renamed the new
+		// descriptor: what is written to its new end needs that name.
+		if err := syncNames(m.fs, m.layer.Name); err != nil {
+			return fmt.Errorf("vmdk: begin to change %s: %w", m.layer.Name, err)
+		}
+	}
 	m.cid, f.value = next, text
 	return nil
 }

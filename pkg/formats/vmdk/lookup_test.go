@@ -59,7 +59,7 @@ func TestLookup_RunsAgreeWithGrains(t *testing.T) {
 			Name: "a.vmdk", ClusterBytes: smallGrain, Extra: map[string]string{"zeroed_grain": option},
 		})
 		image := memOpen(t, fsys, "a.vmdk", vfs.ReadWrite)
-		scribble(t, r, image, make([]byte, size), 60)
+		scribble(t, r, image, make([]byte, size), 240)
 		codec := image.Layers()[0].Codec
 		states := map[engine.State]int{}
 		for off := int64(0); off < size; {
