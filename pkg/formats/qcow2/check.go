@@ -16,8 +16,12 @@ const maxProblems = 100
 // (bit 63). A repair makes refcounts and entries say what was counted; if the refcounts'
 // own structure is damaged, it makes a new one.
 func (m *image) Check(ctx context.Context, c *engine.Commit, progress func(done, total int64)) (engine.CheckResult, error) {
-	k := &checker{ctx: ctx, image: m, commit: c, progress: progress, separates: c != nil}
-	if err := k.run(); err != nil {
+	k := &checker{ctx: ctx, image: m, commit: c, progress: progress}
+	err := k.decideToSeparate()
+	if err == nil {
+		err = k.run()
+	}
+	if err != nil {
 		return k.result, fmt.Errorf("qcow2: check %s: %w", m.layer.Name, err)
 	}
 	return k.result, nil
@@ -33,6 +37,10 @@ type checker struct {
 	// separates says that guest clusters that lie where something else is shall be copied:
 	// that can take as much space as the guest has.
 	separates bool
+	// outside counts entries that lead past the end of the file. While there are any, nothing
+	// is put there: they would refer to it, too.
+	outside    int64
+	notRebuilt bool // the refcounts had to be made anew and were not, because of them
 
 	counts      counts
 	broken      bool // the refcounts' structure cannot be used
@@ -58,6 +66,19 @@ func (k *checker) report(p engine.Problem) {
 
 func (k *checker) corruption(fixed bool, format string, args ...any) {
 	k.report(engine.Problem{Corrupt: true, Fixed: fixed, Text: fmt.Sprintf(format, args...)})
+}
+
+// decideToSeparate looks through all entries before a repair.
+func (k *checker) decideToSeparate() error {
+	if k.commit == nil {
+		return nil
+	}
+	look := &checker{ctx: k.ctx, image: k.image, table: make([]byte, k.image.clusterBytes)}
+	if err := look.countGuest(); err != nil {
+		return err
+	}
+	k.separates = look.outside == 0
+	return nil
 }
 
 func (k *checker) run() error {
@@ -317,6 +338,7 @@ func (k *checker) countHost(who string, cluster int64, e entry) (host int64, ok 
 	if e.compressed() {
 		run, err := m.compressedRun(e, cluster<<m.clusterBits, 1)
 		if err != nil {
+			k.outside++ // its data may begin before the end of the file, and end after it
 			k.corruption(false, "%s%v", who, err)
 			return 0, false, nil
 		}
@@ -328,6 +350,9 @@ func (k *checker) countHost(who string, cluster int64, e entry) (host int64, ok 
 		state = engine.Data
 	}
 	if err := m.checkEntry(cluster, e, state); err != nil {
+		if m.dataFile == 0 && host >= m.fileEnd {
+			k.outside++
+		}
 		k.corruption(false, "%s%v", who, err)
 		return 0, false, nil
 	}
@@ -336,6 +361,7 @@ func (k *checker) countHost(who string, cluster int64, e entry) (host int64, ok 
 	}
 	// A place kept for a zero cluster may lie past the end of the file, where refcounts are.
 	if host&(m.clusterBytes-1) != 0 || host >= m.fileEnd && host>>m.clusterBits >= int64(len(m.refTable))<<m.blockBits {
+		k.outside++
 		k.corruption(false, "%s%v", who, m.badEntry(cluster, e, "outside the file, or not a multiple of the cluster size"))
 		return 0, false, nil
 	}

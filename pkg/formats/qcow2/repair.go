@@ -75,6 +75,11 @@ func (k *checker) copyTable(l1Index int64, own *clusterSet) (uint64, error) {
 // everything else, and then has the header name them. The old ones are free from then on.
 func (k *checker) rebuild() error {
 	m := k.image
+	if k.outside > 0 {
+		k.notRebuilt = true
+		k.corruption(false, "the refcounts cannot be made anew: %d entries lead past the end of the file, where the new ones would lie; was it cut off?", k.outside)
+		return nil
+	}
 	if err := k.uncountRefcounts(); err != nil {
 		return err
 	}
@@ -200,6 +205,9 @@ func (m *image) rebuildRefcounts(c *engine.Commit) error {
 	k := &checker{ctx: context.Background(), image: m, commit: c}
 	if err := k.run(); err != nil {
 		return err
+	}
+	if k.notRebuilt {
+		return corrupt("the refcounts of %s cannot be made anew: entries lead past the end of the file", m.layer.Name)
 	}
 	return m.loadRefTable()
 }
