@@ -102,7 +102,7 @@ func (m *image) findRoom() error {
 	if err != nil {
 		return err
 	}
-	clean := m.room.clean
+	clean := max(m.room.clean, m.room.end) // what lies below may have been used and given back
 	m.setRoom(u)
 	m.room.clean = min(m.room.clean, max(clean, u.end))
 	return nil
