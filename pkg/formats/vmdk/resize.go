@@ -126,6 +126,9 @@ func (m *image) growExtents(c *engine.Commit, size int64) error {
 		return err
 	}
 	added, err := m.addExtents(last, g.lengths)
+	if err == nil {
+		err = readExtents(last.guestOff+g.last*sectorBytes, added)
+	}
 	if err != nil {
 		return errors.Join(err, m.removeExtents(added))
 	}
@@ -139,7 +142,8 @@ func (m *image) growExtents(c *engine.Commit, size int64) error {
 		// Whether it was written is not known: the new files must stay for it.
 		return errors.Join(err, closeExtents(added))
 	}
-	return errors.Join(err, m.adoptExtents(last.guestOff+g.last*sectorBytes, added))
+	m.adoptExtents(last.guestOff+g.last*sectorBytes, added)
+	return err
 }
 
 // lengthen makes an extent longer than the descriptor says.
@@ -171,6 +175,7 @@ type newExtent struct {
 	line   string
 	header *sparseHeader // nil if flat
 	bytes  int64         // of the guest
+	sparse *sparse       // what header says, once readExtents has read it
 }
 
 // addExtents makes the files of further extents like the last one, durably.
@@ -235,30 +240,41 @@ func (m *image) removeExtents(added []newExtent) error {
 	return err
 }
 
+// readExtents reads the tables of new extents, the first of which begins at guest offset
+// off: whatever can fail has to do so before the descriptor names them.
+func readExtents(off int64, added []newExtent) error {
+	for i := range added {
+		e := &added[i]
+		if e.header != nil {
+			size, err := e.file.Size()
+			if err != nil {
+				return fmt.Errorf("size of %s: %w", e.name, err)
+			}
+			if e.sparse, err = newSparse(e.file, -1, *e.header, size, off, e.bytes); err != nil {
+				return fmt.Errorf("%s: %w", e.name, err)
+			}
+		}
+		off += e.bytes
+	}
+	return nil
+}
+
 // adoptExtents makes new extents part of the open image, whose last one ends at lastEnd.
-func (m *image) adoptExtents(lastEnd int64, added []newExtent) error {
+func (m *image) adoptExtents(lastEnd int64, added []newExtent) {
 	m.setSize(lastEnd)
-	for i, e := range added {
+	for _, e := range added {
 		previous := &m.extents[len(m.extents)-1]
 		if previous.sparse != nil {
 			previous.sparse.last = false
 		}
-		next := extent{guestOff: m.sizeBytes, guestEnd: m.sizeBytes + e.bytes, file: m.layer.AddFile(e.file)}
-		if e.header != nil {
-			size, err := e.file.Size()
-			if err == nil {
-				next.sparse, err = newSparse(e.file, next.file, *e.header, size, next.guestOff, e.bytes)
-			}
-			if err != nil {
-				return errors.Join(err, closeExtents(added[i+1:]))
-			}
-			next.sparse.tables, next.sparse.last = m.layer.Tables, true
-			next.sparse.makeSpace(size)
+		next := extent{guestOff: m.sizeBytes, guestEnd: m.sizeBytes + e.bytes, file: m.layer.AddFile(e.file), sparse: e.sparse}
+		if s := next.sparse; s != nil {
+			s.file, s.tables, s.last = next.file, m.layer.Tables, true
+			s.makeSpace(s.fileEnd)
 		}
 		m.extents = append(m.extents, next)
 		m.setSize(next.guestEnd)
 	}
-	return nil
 }
 
 // cutExtents shortens an image in several files: the descriptor first, at once, then the
