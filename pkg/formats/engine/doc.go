@@ -7,9 +7,12 @@
 //	codec.go    what a format must answer
 //	layer.go    an open image: files, tables, codec, link to its parent
 //	disk.go     a chain of layers as a block.Device
-//	read.go     finding who holds a guest byte, and reading it
+//	read.go     finding who holds a guest byte, and reading it; answering.go: remembering who
 //	write.go    overwriting in place; allocating; copy-on-write
 //	zero.go     zeroing and discard
+//	resize.go   growing and shrinking
+//	chain.go    pulling parents up, exchanging them; hold.go: the same for what is copied
+//	compress.go compressed granules, for conversion
 //	claims.go   who is allocating which guest range
 //	flush.go    one flush for many callers; poisoning
 //	commit.go   how changes of tables reach the disk, in which order
