@@ -135,15 +135,31 @@ func (c *fuseClient) send(opcode uint32, node uint64, args []byte) {
 
 func (c *fuseClient) sendRaw(req []byte) {
 	c.t.Helper()
-	if _, err := unix.Write(c.fd, req); err != nil {
-		c.t.Fatalf("send: %v", err)
+	for {
+		switch _, err := unix.Write(c.fd, req); err {
+		case nil:
+			return
+		case unix.EINTR:
+		default:
+			c.t.Fatalf("send: %v", err)
+		}
+	}
+}
+
+// read reads the next message. The socket's time limit makes the kernel report signals,
+// of which the Go runtime sends itself many, instead of restarting the call.
+func (c *fuseClient) read() (int, error) {
+	for {
+		if n, err := unix.Read(c.fd, c.reply); err != unix.EINTR {
+			return n, err
+		}
 	}
 }
 
 // receive returns the next reply.
 func (c *fuseClient) receive() (unix.Errno, []byte) {
 	c.t.Helper()
-	n, err := unix.Read(c.fd, c.reply)
+	n, err := c.read()
 	if err != nil || n < fuseOutHeaderBytes || int(order.Uint32(c.reply[outLen:])) != n {
 		c.t.Fatalf("reply of %d bytes, %v", n, err)
 	}
@@ -355,7 +371,7 @@ func TestServeFUSE_Stop(t *testing.T) {
 // awaitAnswer waits for an answer to whatever it is.
 func (c *fuseClient) awaitAnswer() {
 	c.t.Helper()
-	if n, err := unix.Read(c.fd, c.reply); err != nil || n < fuseOutHeaderBytes || order.Uint32(c.reply[outError:]) != 0 {
+	if n, err := c.read(); err != nil || n < fuseOutHeaderBytes || order.Uint32(c.reply[outError:]) != 0 {
 		c.t.Fatalf("answer of %d bytes, %v", n, err)
 	}
 }
@@ -401,10 +417,8 @@ func TestServeFUSE_Allocations(t *testing.T) {
 	order.PutUint32(read[inOpcode:], fuseRead)
 	copy(read[fuseInHeaderBytes:], ioArgs(4096, 4096, nil))
 	roundTrip := func() {
-		if _, err := unix.Write(c.fd, read); err != nil {
-			t.Fatal(err)
-		}
-		if n, err := unix.Read(c.fd, c.reply); err != nil || n != fuseOutHeaderBytes+4096 {
+		c.sendRaw(read)
+		if n, err := c.read(); err != nil || n != fuseOutHeaderBytes+4096 {
 			t.Fatalf("%d bytes, %v", n, err)
 		}
 	}
