@@ -273,6 +273,10 @@ func (a *Attached) saw(rec Record) {
 // Stats returns the engine's counters.
 func (a *Attached) Stats() engine.Stats { return a.image.Stats() }
 
+// AllocatedBytes returns the space that the files of all layers occupy. It may hang as
+// long as the store does.
+func (a *Attached) AllocatedBytes() (int64, error) { return a.image.AllocatedBytes() }
+
 // Lost delivers one error when the volume must no longer be used: another node owns it,
 // or it was deleted. From then on the device fails with ErrFenced.
 func (a *Attached) Lost() <-chan error { return a.lost }

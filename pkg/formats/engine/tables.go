@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -43,6 +44,8 @@ type Tables struct {
 type tableShard struct {
 	mu    sync.RWMutex
 	pages map[pageKey]*page
+
+	hits, misses atomic.Int64 // of lookups
 }
 
 type pageKey struct {
@@ -206,9 +209,12 @@ func (t *Tables) cached(key pageKey) *page {
 
 // page returns a page, from the cache or the file.
 func (t *Tables) page(key pageKey) (*page, error) {
+	s := t.shard(key)
 	if p := t.cached(key); p != nil {
+		s.hits.Add(1)
 		return p, nil
 	}
+	s.misses.Add(1)
 	p := &page{}
 	f := t.files[key.file]
 	n, err := f.ReadAt(p.data[:], key.off)
@@ -216,7 +222,6 @@ func (t *Tables) page(key pageKey) (*page, error) {
 		return nil, fmt.Errorf("read table at %#x of %s: %w", key.off, f.Name(), err)
 	}
 	p.valid = n
-	s := t.shard(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if other := s.pages[key]; other != nil {
@@ -240,6 +245,15 @@ func (s *tableShard) evict() {
 			return
 		}
 	}
+}
+
+// lookups returns how many pages were found in the cache, and how many had to be read.
+func (t *Tables) lookups() (hits, misses int64) {
+	for i := range t.shards {
+		hits += t.shards[i].hits.Load()
+		misses += t.shards[i].misses.Load()
+	}
+	return hits, misses
 }
 
 // Forget drops all cached pages, so that later reads see the files. Nothing may be
