@@ -19,6 +19,10 @@ type Rules struct {
 	Write []string
 	// Remove lists directories of which empty directories can be removed.
 	Remove []string
+	// Rings leaves the process the io_uring instances that it has made before. It can make
+	// no others. The filter of system calls does not see what a ring is asked to do: those
+	// instances should be limited to operations that need no watching.
+	Rings bool
 }
 
 // Applied says what is in force.
@@ -62,7 +66,7 @@ func Process(rules Rules) (Applied, error) {
 	if err := dropCapabilities(); err != nil {
 		return applied, err
 	}
-	applied.Seccomp, err = filterCalls()
+	applied.Seccomp, err = filterCalls(rules.Rings)
 	return applied, err
 }
 

@@ -71,8 +71,8 @@ const (
 
 // filterCalls installs the filter for all threads. It reports false where the kernel has
 // none.
-func filterCalls() (bool, error) {
-	program := filterProgram()
+func filterCalls(rings bool) (bool, error) {
+	program := filterProgram(rings)
 	fprog := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
 	_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(&fprog)))
 	runtime.KeepAlive(program)
@@ -87,7 +87,7 @@ func filterCalls() (bool, error) {
 
 // filterProgram returns the filter: what is allowed is allowed, what this program was not
 // made for ends the process, and everything else fails with EPERM.
-func filterProgram() []unix.SockFilter {
+func filterProgram(rings bool) []unix.SockFilter {
 	program := []unix.SockFilter{
 		load(seccompArch),
 		jumpIfEqual(auditArch, 1, 0),
@@ -96,6 +96,9 @@ func filterProgram() []unix.SockFilter {
 	}
 	// Sorted, so that the program does not depend on how the lists are written.
 	calls := slices.Concat(allowedCalls, archCalls)
+	if rings {
+		calls = append(calls, unix.SYS_IO_URING_ENTER)
+	}
 	slices.Sort(calls)
 	for _, call := range slices.Compact(calls) {
 		program = append(program, jumpIfEqual(call, 0, 1), result(filterAllow))

@@ -10,13 +10,17 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/confine"
 )
 
 // roleVariable says what a process started from the test binary shall be.
@@ -31,6 +35,7 @@ type serverConfig struct {
 	FullAt      int64 // writes beyond this byte find no space; 0 = none do
 	DelayMillis int   // every request takes at least this long
 	Mute        bool  // take no requests at all
+	Confined    bool  // as the servers of volumes are
 }
 
 // supervisorConfig is that of a process that attaches and then waits to be killed.
@@ -98,20 +103,47 @@ func runServer(cfg serverConfig) error {
 	for i := range cfg.Files {
 		files = append(files, os.NewFile(uintptr(3+i), "transport"))
 	}
+	threads, err := prepare(cfg)
+	if err != nil {
+		return err
+	}
 	fmt.Println("serving")
 	if cfg.Mute {
 		time.Sleep(time.Hour)
 	}
-	if err := serve(context.Background(), cfg.Protocol, files, dev); err != nil {
+	// A signal ends it in order.
+	ctx, cancel := signal.NotifyContext(context.Background(), unix.SIGTERM)
+	defer cancel()
+	if err := serve(ctx, cfg.Protocol, files, dev, threads); err != nil {
 		return err
+	}
+	for _, f := range files {
+		f.Close()
 	}
 	return dev.Flush()
 }
 
-// serve returns when the device is gone.
-func serve(ctx context.Context, protocol string, files []*os.File, dev block.Device) error {
-	if protocol == "fuse" {
+// prepare does what comes before serving: a confined server makes its rings before.
+func prepare(cfg serverConfig) (threads *attach.UBLKThreads, err error) {
+	if !cfg.Confined {
+		return nil, nil
+	}
+	if cfg.Protocol == "ublk" {
+		if threads, err = attach.PrepareUBLK(); err != nil {
+			return nil, err
+		}
+	}
+	_, err = confine.Process(confine.Rules{Rings: threads != nil})
+	return threads, err
+}
+
+// serve returns when the device is gone, or ctx has ended.
+func serve(ctx context.Context, protocol string, files []*os.File, dev block.Device, threads *attach.UBLKThreads) error {
+	switch protocol {
+	case "fuse":
 		return attach.ServeFUSE(ctx, files[0], dev, attach.FUSEOptions{})
+	case "ublk":
+		return attach.ServeUBLK(ctx, files[0], dev, attach.UBLKOptions{Threads: threads})
 	}
 	server := nbdlocal.NewServer(dev, nbdlocal.Options{})
 	errs := make(chan error, len(files))

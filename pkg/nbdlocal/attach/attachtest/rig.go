@@ -22,8 +22,11 @@ const (
 )
 
 func newTransport(cfg Config) attach.Transport {
-	if cfg.Transport == "nbd" {
+	switch cfg.Transport {
+	case "nbd":
 		return attach.NewNBD(attach.NBDOptions{Connections: cfg.Connections})
+	case "ublk":
+		return attach.NewUBLK()
 	}
 	return attach.NewFUSE()
 }
@@ -64,7 +67,7 @@ func newRig(t testing.TB, cfg Config) *rig {
 	if err := os.Truncate(r.backing, sizeBytes); err != nil {
 		t.Fatal(err)
 	}
-	r.server = serverConfig{Path: r.backing}
+	r.server = serverConfig{Path: r.backing, Confined: cfg.Confined}
 	// Whatever waits for a server that doesn't come is then freed.
 	freed := context.AfterFunc(ctx, func() { _ = r.transport.Abort(context.Background(), r.state) })
 	t.Cleanup(func() {

@@ -25,8 +25,9 @@ import (
 
 // Config is what the suite needs to know.
 type Config struct {
-	Transport   string   // "nbd" or "fuse"
+	Transport   string   // "nbd", "ublk" or "fuse"
 	Connections int      // of nbd; 0 is the default
+	Confined    bool     // servers confine themselves, as those of volumes do
 	Kills       int      // of a server under load, per test that does it
 	Only        []string // names of tests; none are all
 }
@@ -251,6 +252,10 @@ func testErrors(t *testing.T, cfg Config) {
 
 func testResize(t *testing.T, cfg Config) {
 	r := attachedRig(t, cfg)
+	if !resizes(t, cfg) {
+		r.checkNoResize()
+		return
+	}
 	l := r.startLoad()
 	for i := range 10 {
 		r.awaitProgress(l, 20)
@@ -276,6 +281,47 @@ func testResize(t *testing.T, cfg Config) {
 	if _, err := r.transport.Resize(r.ctx, r.state, 1<<20); !errors.Is(err, block.ErrInvalid) {
 		t.Errorf("shrink: %v, want ErrInvalid", err)
 	}
+	r.detach()
+}
+
+// resizes says whether this kernel can resize a device of the transport that is in use.
+func resizes(t *testing.T, cfg Config) bool {
+	t.Helper()
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		t.Fatal(err)
+	}
+	major, minor := 0, 0
+	if _, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor); err != nil {
+		t.Fatal(err)
+	}
+	return cfg.Transport != "ublk" || major > 6 || major == 6 && minor >= 16
+}
+
+// checkNoResize checks that what can't be done says what to do, and harms nothing; and
+// that the device has its new size once it is attached again.
+func (r *rig) checkNoResize() {
+	r.t.Helper()
+	l := r.startLoad()
+	r.awaitProgress(l, 20)
+	size := int64(2 * sizeBytes)
+	if err := os.Truncate(r.backing, size); err != nil {
+		r.t.Fatal(err)
+	}
+	st, err := r.transport.Resize(r.ctx, r.state, size)
+	if !errors.Is(err, block.ErrUnsupported) || !strings.Contains(fmt.Sprint(err), "attach it again") || st != r.state {
+		r.t.Errorf("Resize: %v, %+v, want ErrUnsupported that says what to do, and the state as it was", err, st)
+	}
+	r.awaitProgress(l, 20)
+	r.finish(l)
+	r.detach()
+	r.spec.SizeBytes = size
+	r.attach()
+	dev := r.open(os.O_RDONLY)
+	if end, err := dev.Seek(0, io.SeekEnd); err != nil || end != size {
+		r.t.Errorf("attached again it has %d bytes, %v, want %d", end, err, size)
+	}
+	dev.Close()
 	r.detach()
 }
 
@@ -426,7 +472,7 @@ func devices(t testing.TB) string {
 	}
 	for _, e := range entries {
 		b, err := os.ReadFile("/sys/block/" + e.Name() + "/loop/backing_file")
-		if strings.HasPrefix(e.Name(), "nbd") || err == nil && strings.Contains(string(b), "imgdisk-") && strings.Contains(string(b), strconv.Itoa(os.Getpid())) {
+		if strings.HasPrefix(e.Name(), "nbd") || strings.HasPrefix(e.Name(), "ublk") || err == nil && strings.Contains(string(b), "imgdisk-") && strings.Contains(string(b), strconv.Itoa(os.Getpid())) {
 			names = append(names, e.Name())
 		}
 	}
@@ -605,6 +651,10 @@ func testKillSupervisor(t *testing.T, cfg Config) {
 	r.recover()
 	r.awaitProgress(l, 50)
 	r.finish(l)
+	if !resizes(t, cfg) {
+		r.detach()
+		return
+	}
 	size := int64(2 * sizeBytes)
 	if err := os.Truncate(r.backing, size); err != nil {
 		t.Fatal(err)
@@ -617,14 +667,14 @@ func testKillSupervisor(t *testing.T, cfg Config) {
 	r.detach()
 }
 
-// testKillBoth: nbd waits for a new server all the same. FUSE can't, and must say so
+// testKillBoth: nbd and ublk wait for a new server all the same. FUSE can't, and must say so
 // and leave no dead device.
 func testKillBoth(t *testing.T, cfg Config) {
 	r := newRig(t, cfg)
 	server, l := r.supervised(cfg)
 	killPID(t, server)
 	err := r.transport.Adopt(r.ctx, r.state, nil)
-	if cfg.Transport == "nbd" {
+	if cfg.Transport != "fuse" {
 		if err != nil {
 			t.Fatalf("Adopt: %v", err)
 		}
