@@ -3,11 +3,9 @@ package qcow
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"maps"
 	"math/bits"
-	"path"
 	"slices"
 	"strconv"
 	"time"
@@ -245,29 +243,7 @@ func (c *creation) tableSpace() int64 { return roundUp(entryBytes<<c.header.l2Bi
 
 // create makes the file. What is half-made is removed.
 func (c *creation) create(ctx context.Context) error {
-	f, err := c.FS.Create(c.Name)
-	if err != nil {
-		return err
-	}
-	err = f.Lock(vfs.LockWrite)
-	if err == nil {
-		err = c.fill(ctx, f)
-	}
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = syncNames(c.FS, c.Name)
-	}
-	if err != nil {
-		return errors.Join(err, c.FS.Remove(c.Name))
-	}
-	return nil
-}
-
-// syncNames makes the names in a file's directory durable, where the file system can.
-func syncNames(fsys vfs.FS, name string) error {
-	if err := fsys.SyncDir(path.Dir(name)); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		return err
-	}
-	return nil
+	return formats.MakeFile(ctx, c.FS, c.Name, c.fill)
 }
 
 // fill writes everything, the header last: until then it is no image.

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
-	"path"
 	"slices"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
@@ -263,81 +262,25 @@ func (c *creation) finishHeader() error {
 
 // create makes the files. The header comes last, when everything else is durable: a file
 // without is no image. What is half-made is removed.
-func (c *creation) create(ctx context.Context) (err error) {
-	var made []string
-	defer func() {
-		if err != nil {
-			for _, name := range slices.Backward(made) {
-				err = errors.Join(err, c.FS.Remove(name))
-			}
-		}
-	}()
-	makeFile := func(name string, fill func(context.Context, vfs.File) error) error {
-		f, err := c.FS.Create(name)
-		if err != nil {
-			return err
-		}
-		made = append(made, name)
-		if err := f.Lock(vfs.LockWrite); err != nil {
-			return errors.Join(err, f.Close())
-		}
-		err = fill(ctx, f)
-		if err == nil {
-			err = f.Sync()
-		}
-		return errors.Join(err, f.Close())
-	}
+func (c *creation) create(ctx context.Context) error {
+	files := formats.NewFiles{FS: c.FS}
 	if c.dataFile != "" {
-		if err := makeFile(c.dataFileName, c.fillDataFile); err != nil {
-			return err
+		err := files.Make(ctx, c.dataFileName, c.fillDataFile)
+		if err == nil {
+			err = formats.SyncNames(c.FS, c.dataFileName)
 		}
-		if err := syncNames(c.FS, c.dataFileName); err != nil {
-			return err
+		if err != nil {
+			return files.Finish(err)
 		}
 	}
-	if err := makeFile(c.Name, c.fill); err != nil {
-		return err
-	}
-	return syncNames(c.FS, c.Name)
-}
-
-// syncNames makes the names in a file's directory durable, where the file system can.
-func syncNames(fsys vfs.FS, name string) error {
-	if err := fsys.SyncDir(path.Dir(name)); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		return err
-	}
-	return nil
+	return files.Finish(files.Make(ctx, c.Name, c.fill))
 }
 
 func (c *creation) fillDataFile(ctx context.Context, f vfs.File) error {
 	if err := f.Truncate(c.SizeBytes); err != nil {
 		return err
 	}
-	return c.fillData(ctx, f, 0, c.SizeBytes)
-}
-
-// fillData takes the space that preallocation asks for.
-func (c *creation) fillData(ctx context.Context, f vfs.File, off, n int64) error {
-	switch c.Preallocation {
-	case formats.PreallocateFalloc:
-		return f.Allocate(off, n)
-	case formats.PreallocateFull:
-		return writeZeroes(ctx, f, off, n)
-	}
-	return nil
-}
-
-func writeZeroes(ctx context.Context, f vfs.File, off, n int64) error {
-	zeroes := make([]byte, min(n, chunkBytes))
-	for end := off + n; off < end; off += int64(len(zeroes)) {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if _, err := f.WriteAt(zeroes[:min(int64(len(zeroes)), end-off)], off); err != nil {
-			return err
-		}
-	}
-	return nil
+	return c.Preallocation.Reserve(ctx, f, 0, c.SizeBytes)
 }
 
 // fill writes tables, what preallocation asks for, and then the header: first what is not
@@ -358,7 +301,7 @@ func (c *creation) fill(ctx context.Context, f vfs.File) error {
 		}
 	}
 	if l.clusters > 0 {
-		if err := c.fillData(ctx, f, l.data*c.ClusterBytes, l.clusters*c.ClusterBytes); err != nil {
+		if err := c.Preallocation.Reserve(ctx, f, l.data*c.ClusterBytes, l.clusters*c.ClusterBytes); err != nil {
 			return err
 		}
 	}

@@ -3,10 +3,8 @@ package vdi
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"math/bits"
-	"path"
 	"slices"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
@@ -152,27 +150,8 @@ func (c *creation) layOut() error {
 
 // create makes the file. The header comes last: until it is there, nothing can be mistaken
 // for an image.
-func (c *creation) create(ctx context.Context) (err error) {
-	f, err := c.FS.Create(c.Name)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, c.FS.Remove(c.Name))
-		}
-	}()
-	err = f.Lock(vfs.LockWrite)
-	if err == nil {
-		err = c.fill(ctx, f)
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := c.FS.SyncDir(path.Dir(c.Name)); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		return err
-	}
-	return nil
+func (c *creation) create(ctx context.Context) error {
+	return formats.MakeFile(ctx, c.FS, c.Name, c.fill)
 }
 
 func (c *creation) fill(ctx context.Context, f vfs.File) error {
@@ -220,20 +199,5 @@ func (c *creation) writeMap(ctx context.Context, f vfs.File) error {
 
 // reserve takes the space that preallocation asks for.
 func (c *creation) reserve(ctx context.Context, f vfs.File) error {
-	off, n := c.h.dataOffset(), c.h.allocated()*c.h.strideBytes()
-	switch c.Preallocation {
-	case formats.PreallocateFalloc:
-		return f.Allocate(off, n)
-	case formats.PreallocateFull:
-		zeroes := make([]byte, min(n, chunkBytes))
-		for end := off + n; off < end; off += int64(len(zeroes)) {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			if _, err := f.WriteAt(zeroes[:min(int64(len(zeroes)), end-off)], off); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	return c.Preallocation.Reserve(ctx, f, c.h.dataOffset(), c.h.allocated()*c.h.strideBytes())
 }

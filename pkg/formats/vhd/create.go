@@ -3,10 +3,8 @@ package vhd
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"math/bits"
-	"path"
 	"slices"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
@@ -190,27 +188,8 @@ func (c *creation) lengthWith(blocks int64) int64 {
 
 // create makes the file. What a reader looks for first comes last: until it is there,
 // nothing can be mistaken for an image.
-func (c *creation) create(ctx context.Context) (err error) {
-	f, err := c.FS.Create(c.Name)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, c.FS.Remove(c.Name))
-		}
-	}()
-	err = f.Lock(vfs.LockWrite)
-	if err == nil {
-		err = c.fill(ctx, f)
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := c.FS.SyncDir(path.Dir(c.Name)); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		return err
-	}
-	return nil
+func (c *creation) create(ctx context.Context) error {
+	return formats.MakeFile(ctx, c.FS, c.Name, c.fill)
 }
 
 func (c *creation) fill(ctx context.Context, f vfs.File) error {
@@ -234,7 +213,7 @@ func (c *creation) fill(ctx context.Context, f vfs.File) error {
 }
 
 func (c *creation) fillFixed(ctx context.Context, f vfs.File) error {
-	return c.reserve(ctx, f, 0, c.SizeBytes)
+	return c.Preallocation.Reserve(ctx, f, 0, c.SizeBytes)
 }
 
 // fillDynamic writes everything but the footer at the end.
@@ -243,7 +222,7 @@ func (c *creation) fillDynamic(ctx context.Context, f vfs.File) error {
 		return err
 	}
 	if c.allocatesAll() {
-		if err := c.reserve(ctx, f, c.firstSlot, c.fileBytes-footerBytes-c.firstSlot); err != nil {
+		if err := c.Preallocation.Reserve(ctx, f, c.firstSlot, c.fileBytes-footerBytes-c.firstSlot); err != nil {
 			return err
 		}
 		if err := c.writeBitmaps(ctx, f); err != nil {
@@ -294,25 +273,6 @@ func (c *creation) writeBitmaps(ctx context.Context, f vfs.File) error {
 		}
 		if _, err := f.WriteAt(full, c.firstSlot+number*c.pitch); err != nil {
 			return err
-		}
-	}
-	return nil
-}
-
-// reserve takes the space that preallocation asks for.
-func (c *creation) reserve(ctx context.Context, f vfs.File, off, n int64) error {
-	switch c.Preallocation {
-	case formats.PreallocateFalloc:
-		return f.Allocate(off, n)
-	case formats.PreallocateFull:
-		zeroes := make([]byte, min(n, chunkBytes))
-		for end := off + n; off < end; off += int64(len(zeroes)) {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			if _, err := f.WriteAt(zeroes[:min(int64(len(zeroes)), end-off)], off); err != nil {
-				return err
-			}
 		}
 	}
 	return nil

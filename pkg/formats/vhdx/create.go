@@ -3,10 +3,8 @@ package vhdx
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"maps"
-	"path"
 	"slices"
 	"strconv"
 
@@ -219,27 +217,8 @@ func (c *creation) dataStart() int64 { return c.regions[0].span().end }
 
 // create makes the file. Its name in the directory becomes durable when everything in it
 // is; what is half-made is removed.
-func (c *creation) create(ctx context.Context) (err error) {
-	f, err := c.FS.Create(c.Name)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, c.FS.Remove(c.Name))
-		}
-	}()
-	err = f.Lock(vfs.LockWrite)
-	if err == nil {
-		err = c.fill(ctx, f)
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := c.FS.SyncDir(path.Dir(c.Name)); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		return err
-	}
-	return nil
+func (c *creation) create(ctx context.Context) error {
+	return formats.MakeFile(ctx, c.FS, c.Name, c.fill)
 }
 
 // fill writes everything but the file type identifier, then that: without it, nobody takes
@@ -295,15 +274,8 @@ func (c *creation) fillBlocks(ctx context.Context, f vfs.File) error {
 	if err := f.Truncate(start + length); err != nil {
 		return err
 	}
-	switch c.Preallocation {
-	case formats.PreallocateFalloc:
-		if err := f.Allocate(start, length); err != nil {
-			return err
-		}
-	case formats.PreallocateFull:
-		if err := writeZeroes(ctx, f, start, length); err != nil {
-			return err
-		}
+	if err := c.Preallocation.Reserve(ctx, f, start, length); err != nil {
+		return err
 	}
 	return c.writeEntries(ctx, 0, c.blocks(c.SizeBytes), start, f.WriteAt)
 }
@@ -323,19 +295,6 @@ func (m *image) writeEntries(ctx context.Context, first, end, start int64, write
 			p = binary.LittleEndian.AppendUint64(p, uint64(newEntry(stateFull, start+(block-first)<<m.blockShift)))
 		}
 		if _, err := write(p, at); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func writeZeroes(ctx context.Context, f vfs.File, off, n int64) error {
-	zeroes := make([]byte, min(n, chunkBytes))
-	for end := off + n; off < end; off += int64(len(zeroes)) {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if _, err := f.WriteAt(zeroes[:min(int64(len(zeroes)), end-off)], off); err != nil {
 			return err
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"strings"
 
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 )
 
@@ -52,7 +53,7 @@ func (m *image) Begin(c *engine.Commit) error {
 	if m.descriptorRoom == 0 {
 		// Who resized the image last may have been killed after it renamed the new
 		// descriptor: what is written to its new end needs that name.
-		if err := syncNames(m.fs, m.layer.Name); err != nil {
+		if err := formats.SyncNames(m.fs, m.layer.Name); err != nil {
 			return fmt.Errorf("vmdk: begin to change %s: %w", m.layer.Name, err)
 		}
 	}

@@ -3,7 +3,6 @@ package vmdk
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"maps"
 	"path"
@@ -283,38 +282,25 @@ func (h *sparseHeader) wholeGrains(sectors uint64) uint64 {
 
 // create makes the files. The one with the descriptor comes last and gets its name in the
 // directory first when everything is durable; what is half-made is removed.
-func (c *creation) create(ctx context.Context) (err error) {
-	var made []string
-	defer func() {
-		if err != nil {
-			for _, name := range slices.Backward(made) {
-				err = errors.Join(err, c.FS.Remove(name))
-			}
-		}
-	}()
-	makeFile := func(name string, fill func(vfs.File) error) error {
-		f, err := makeFile(c.FS, name, fill)
-		if f != nil {
-			made = append(made, name)
-			err = errors.Join(err, f.Close())
-		}
-		return err
-	}
+func (c *creation) create(ctx context.Context) error {
+	files := formats.NewFiles{FS: c.FS}
+	return files.Finish(c.makeFiles(ctx, &files))
+}
+
+func (c *creation) makeFiles(ctx context.Context, files *formats.NewFiles) error {
 	for i, sectors := range c.lengths {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		fill := func(f vfs.File) error { return c.fillExtent(ctx, f, sectors) }
-		if err := makeFile(c.kind.extentName(c.Name, i+1), fill); err != nil {
+		fill := func(ctx context.Context, f vfs.File) error { return c.fillExtent(ctx, f, sectors) }
+		if err := files.Make(ctx, c.kind.extentName(c.Name, i+1), fill); err != nil {
 			return err
 		}
 	}
-	if !c.kind.embedded {
-		if err := makeFile(c.Name, c.fillDescriptor); err != nil {
-			return err
-		}
+	if c.kind.embedded {
+		return nil
 	}
-	return syncNames(c.FS, c.Name)
+	return files.Make(ctx, c.Name, c.fillDescriptor)
 }
 
 // makeFile makes a new file, locked and with durable contents. It returns the file, open,
@@ -333,14 +319,6 @@ func makeFile(fsys vfs.FS, name string, fill func(vfs.File) error) (vfs.File, er
 	return f, f.Sync()
 }
 
-// syncNames makes the names in a file's directory durable, where the file system can.
-func syncNames(fsys vfs.FS, name string) error {
-	if err := fsys.SyncDir(path.Dir(name)); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		return err
-	}
-	return nil
-}
-
 // fillExtent writes an extent's file.
 func (c *creation) fillExtent(ctx context.Context, f vfs.File, sectors int64) error {
 	switch {
@@ -352,34 +330,10 @@ func (c *creation) fillExtent(ctx context.Context, f vfs.File, sectors int64) er
 	if err := f.Truncate(sectors * sectorBytes); err != nil {
 		return err
 	}
-	return c.fillData(ctx, f, 0, sectors*sectorBytes)
+	return c.Preallocation.Reserve(ctx, f, 0, sectors*sectorBytes)
 }
 
-// fillData takes the space that preallocation asks for.
-func (c *creation) fillData(ctx context.Context, f vfs.File, off, n int64) error {
-	switch c.Preallocation {
-	case formats.PreallocateFalloc:
-		return f.Allocate(off, n)
-	case formats.PreallocateFull:
-		return writeZeroes(ctx, f, off, n)
-	}
-	return nil
-}
-
-func writeZeroes(ctx context.Context, f vfs.File, off, n int64) error {
-	zeroes := make([]byte, min(n, chunkBytes))
-	for end := off + n; off < end; off += int64(len(zeroes)) {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if _, err := f.WriteAt(zeroes[:min(int64(len(zeroes)), end-off)], off); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (c *creation) fillDescriptor(f vfs.File) error {
+func (c *creation) fillDescriptor(_ context.Context, f vfs.File) error {
 	_, err := f.WriteAt([]byte(c.descriptorText()), 0)
 	return err
 }
@@ -475,7 +429,7 @@ func (c *creation) fillGrains(ctx context.Context, f vfs.File, h *sparseHeader) 
 	if err := f.Truncate(start + length); err != nil {
 		return err
 	}
-	if err := c.fillData(ctx, f, start, length); err != nil {
+	if err := c.Preallocation.Reserve(ctx, f, start, length); err != nil {
 		return err
 	}
 	for _, dir := range h.directories() {

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -194,7 +195,7 @@ func (m *image) replaceDescriptorFile(text []byte) error {
 	}
 	old := m.layer.Files[0]
 	m.layer.Files[0] = f
-	return errors.Join(syncNames(m.fs, name), old.Close(), m.adoptDescriptor(text))
+	return errors.Join(formats.SyncNames(m.fs, name), old.Close(), m.adoptDescriptor(text))
 }
 
 func (m *image) fillReplacement(f vfs.File, text []byte) error {

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -207,7 +208,7 @@ func (m *image) addExtents(last *extent, lengths []int64) (added []newExtent, er
 			return added, err
 		}
 	}
-	return added, syncNames(m.fs, m.layer.Name)
+	return added, formats.SyncNames(m.fs, m.layer.Name)
 }
 
 // likeNew returns the header of a new extent of the same kind.
@@ -324,7 +325,7 @@ func (m *image) dropExtents(dropped []extent) error {
 	for _, e := range dropped {
 		err = errors.Join(err, m.fs.Remove(m.layer.Files[e.file].Name()))
 	}
-	return errors.Join(err, syncNames(m.fs, m.layer.Name), m.layer.DropFiles(dropped[0].file))
+	return errors.Join(err, formats.SyncNames(m.fs, m.layer.Name), m.layer.DropFiles(dropped[0].file))
 }
 
 // setCapacity changes how much of the guest the tables can map. Larger directories and the
