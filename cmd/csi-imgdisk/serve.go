@@ -4,15 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
-	"os"
 	"path/filepath"
-	"syscall"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -23,72 +23,178 @@ const drainPatience = 30 * time.Second
 
 type serveOptions struct {
 	access
-	run      runDir
-	socket   string
-	readOnly bool
+	run        runDir
+	listen     listenOptions
+	exports    []string // NAME=FILE
+	formats    []string // NAME=FORMAT
+	maxClients int
+	readOnly   bool
 }
 
 func newServeCommand() *cobra.Command {
 	var opts serveOptions
 	cmd := &cobra.Command{
-		Use:   "serve FILE --socket PATH",
-		Short: "Serve an image over NBD on a unix socket",
-		Long: `Serves an image to NBD clients (qemu-io, nbdcopy, fio, nbd-client) on a unix socket, until
-it gets SIGTERM or SIGINT; then it answers what it was sent, makes everything durable and
-closes the image.
+		Use:   "serve [FILE] [--export NAME=FILE]... --socket PATH",
+		Short: "Serve images over NBD",
+		Long: `Serves images to NBD clients (qemu-img, nbdcopy, fio, nbd-client) on a unix socket, which
+only the same user can reach, and on a TCP address if one is asked for, until it gets
+SIGTERM or SIGINT; then it answers what it was sent, makes everything durable and closes
+the images. FILE is the export without a name, or any if it is the only one; others are
+chosen by name.
 
 A writable image has a redo journal in the run directory: if this process is killed, every
 write it had answered is there again when the image is served, or attached, the next time.
 
-Give --format raw for a raw disk: a guest can write another format's header into it.`,
-		Example: "  csi-imgdisk serve disk.vmdk --socket /run/disk.sock &\n  qemu-io -f raw 'nbd+unix:///?socket=/run/disk.sock'",
-		Args:    cobra.ExactArgs(1),
+Give --format raw for a raw disk: a guest can write another format's header into it.
+
+TLS is offered or required with a directory of certificates, in PEM, under the names that
+qemu-nbd and nbdkit use: server-cert.pem and server-key.pem; and, to verify clients by
+certificates of their own, ca-cert.pem and, if there is one, ca-crl.pem. On TCP without
+TLS, everybody who reaches the address reads and writes the images.`,
+		Example: `  csi-imgdisk serve disk.vmdk --socket /run/disk.sock &
+  qemu-img info nbd+unix:///?socket=/run/disk.sock
+
+  csi-imgdisk serve --export a=a.vhdx --export b=b.qcow2 --socket /run/disks.sock &
+  nbdcopy nbd+unix:///b?socket=/run/disks.sock b.raw
+
+  csi-imgdisk serve disk.vmdk --read-only --address :10809 --tls-certificates /etc/pki/disks`,
+		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return serve(cmd, args[0], opts)
+			sources, err := opts.sources(args)
+			if err != nil {
+				return err
+			}
+			return serve(cmd, sources, opts)
 		},
 	}
 	opts.addRootFlag(cmd)
-	opts.addFormatFlag(cmd, "format", "f", "the image's format; found out from its contents if not given")
+	opts.addFormatFlag(cmd, "format", "f", "the images' format; found out from their contents if not given")
 	opts.addSecretFlag(cmd, "secret-file")
 	addRunDirFlag(cmd, &opts.run)
-	cmd.Flags().StringVar(&opts.socket, "socket", "", "unix socket to listen on")
-	cmd.Flags().BoolVarP(&opts.readOnly, "read-only", "r", false, "refuse writes")
-	if err := cmd.MarkFlagRequired("socket"); err != nil {
-		panic(err)
-	}
+	flags := cmd.Flags()
+	flags.StringArrayVar(&opts.exports, "export", nil, "NAME=FILE: serve another image, by a name; may be repeated")
+	flags.StringArrayVar(&opts.formats, "export-format", nil, "NAME=FORMAT: the format of the image served by that name; may be repeated")
+	flags.BoolVarP(&opts.readOnly, "read-only", "r", false, "refuse writes")
+	flags.IntVar(&opts.maxClients, "max-clients", 64, "how many clients are served at the same time; each may take 64 MiB of memory")
+	opts.listen.addFlags(cmd)
 	return cmd
 }
 
-func serve(cmd *cobra.Command, path string, opts serveOptions) error {
-	listener, err := listenUnix(opts.socket)
+// source is an image to be served.
+type source struct{ name, path, format string }
+
+// sources returns what is to be served: the positional FILE, and the exports.
+func (o *serveOptions) sources(args []string) ([]source, error) {
+	var list []source
+	for _, path := range args {
+		list = append(list, source{path: path, format: o.format})
+	}
+	for _, export := range o.exports {
+		name, path, found := strings.Cut(export, "=")
+		if !found || name == "" || path == "" {
+			return nil, fmt.Errorf("--export %s: want NAME=FILE", export)
+		}
+		list = append(list, source{name: name, path: path, format: o.format})
+	}
+	if len(list) == 0 {
+		return nil, errors.New("nothing to serve: want FILE, or --export NAME=FILE")
+	}
+	for _, given := range o.formats {
+		name, format, found := strings.Cut(given, "=")
+		i := slices.IndexFunc(list, func(s source) bool { return s.name == name })
+		if !found || name == "" || i < 0 {
+			return nil, fmt.Errorf("--export-format %s: want NAME=FORMAT with the name of an --export", given)
+		}
+		list[i].format = format
+	}
+	if o.maxClients < 1 {
+		return nil, fmt.Errorf("--max-clients %d: want at least 1", o.maxClients)
+	}
+	return list, nil
+}
+
+func serve(cmd *cobra.Command, sources []source, opts serveOptions) (err error) {
+	config, err := opts.listen.security()
 	if err != nil {
 		return err
 	}
-	defer listener.Close()
-	img, err := opts.openServed(cmd.Context(), path, opts.run, opts.readOnly)
+	log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
+	exports := nbdlocal.NewExports(nbdlocal.ExportsOptions{
+		MaxClients:  opts.maxClients,
+		TLS:         config,
+		TLSRequired: opts.listen.required(),
+		ClientError: nbdlocal.LimitErrors(func(err error) { log.Warn("a client was refused or hung up on", "because", err) }),
+	})
+	listeners, err := opts.listen.open(log)
 	if err != nil {
 		return err
 	}
-	if err := announceServed(cmd, img, path, opts.socket); err != nil {
-		return errors.Join(err, img.close())
+	defer closeListeners(listeners)
+	served, err := opts.openSources(cmd.Context(), sources, exports)
+	defer func() { err = errors.Join(err, closeImages(served)) }()
+	if err != nil {
+		return err
 	}
-	server := nbdlocal.NewServer(img, nbdlocal.Options{ReadOnly: opts.readOnly, Description: path})
-	err = serveUntilDone(cmd.Context(), server, listener)
-	return errors.Join(err, img.close())
+	if err := announceServed(cmd, served, opts.listen); err != nil {
+		return err
+	}
+	return serveUntilDone(cmd.Context(), exports, listeners)
+}
+
+// servedImage is an image that is served.
+type servedImage struct {
+	*openedImage
+	source
+}
+
+// openSources opens images and makes each an export. Those that it has opened are the
+// caller's to close, also when another cannot be.
+func (o *serveOptions) openSources(ctx context.Context, sources []source, exports *nbdlocal.Exports) ([]servedImage, error) {
+	var list []servedImage
+	for _, src := range sources {
+		how := o.access
+		how.format = src.format
+		img, err := how.openServed(ctx, src.path, o.run, o.readOnly)
+		if err != nil {
+			return list, err
+		}
+		list = append(list, servedImage{img, src})
+		server := nbdlocal.NewServer(img, nbdlocal.Options{ReadOnly: o.readOnly, Description: filepath.Base(src.path)})
+		if err := exports.Add(src.name, server); err != nil {
+			return list, err
+		}
+	}
+	return list, nil
+}
+
+func closeImages(list []servedImage) error {
+	var errs []error
+	for _, img := range list {
+		errs = append(errs, img.close())
+	}
+	return errors.Join(errs...)
 }
 
 // serveUntilDone serves clients until ctx ends, and answers what they have sent by then.
-func serveUntilDone(ctx context.Context, server *nbdlocal.Server, listener net.Listener) error {
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(context.WithoutCancel(ctx), listener) }()
+func serveUntilDone(ctx context.Context, exports *nbdlocal.Exports, listeners []net.Listener) error {
+	served := make(chan error, len(listeners))
+	for _, l := range listeners {
+		go func() { served <- exports.Serve(context.WithoutCancel(ctx), l) }()
+	}
+	var err error
+	left := len(listeners)
 	select {
-	case err := <-served:
-		return err
+	case err = <-served: // one that fails ends them all
+		left--
 	case <-ctx.Done():
 	}
 	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainPatience)
 	defer cancel()
-	return errors.Join(server.Drain(drain), <-served)
+	err = errors.Join(err, exports.Drain(drain))
+	for range left {
+		err = errors.Join(err, <-served)
+	}
+	return err
 }
 
 // openServed opens an image for a server: with a redo journal if it is to be written.
@@ -125,57 +231,28 @@ func (a *access) openJournalled(ctx context.Context, path, journalDir string) (*
 	return img, nil
 }
 
-// announceServed says that clients can connect.
-func announceServed(cmd *cobra.Command, img *openedImage, path, socket string) error {
-	info := img.Info()
-	uri := "nbd+unix:///?socket=" + socket
-	result := map[string]any{"filename": path, "format": img.formatName(), "uri": uri,
-		"virtual-size": info.SizeBytes, "read-only": info.ReadOnly}
-	return emit(cmd, result, func(p *printer) {
-		access := ""
-		if info.ReadOnly {
-			access = ", read-only"
+// announceServed says that clients can connect, and where.
+func announceServed(cmd *cobra.Command, list []servedImage, listen listenOptions) error {
+	type export struct {
+		Name        string   `json:"name"`
+		Filename    string   `json:"filename"`
+		Format      string   `json:"format"`
+		VirtualSize int64    `json:"virtual-size"`
+		ReadOnly    bool     `json:"read-only"`
+		URIs        []string `json:"uris"`
+	}
+	var exports []export
+	for _, img := range list {
+		info := img.Info()
+		exports = append(exports, export{img.name, img.path, img.formatName(), info.SizeBytes, info.ReadOnly, listen.uris(img.name)})
+	}
+	return emit(cmd, map[string]any{"exports": exports}, func(p *printer) {
+		for _, x := range exports {
+			access := ""
+			if x.ReadOnly {
+				access = ", read-only"
+			}
+			p.line("serving %s (%s, %s%s) at %s", x.Filename, x.Format, humanSize(x.VirtualSize), access, strings.Join(x.URIs, " and "))
 		}
-		p.line("serving %s (%s, %s%s) at %s", path, img.formatName(), humanSize(info.SizeBytes), access, uri)
 	})
-}
-
-// listenUnix listens on a socket. One that a killed process left is replaced.
-func listenUnix(path string) (net.Listener, error) {
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return nil, err
-	}
-	if err := removeStaleSocket(path); err != nil {
-		return nil, err
-	}
-	listener, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, fmt.Errorf("listen: %w", err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return nil, errors.Join(err, listener.Close())
-	}
-	return listener, nil
-}
-
-func removeStaleSocket(path string) error {
-	info, err := os.Lstat(path)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return nil
-	case err != nil:
-		return err
-	case info.Mode().Type() != os.ModeSocket:
-		return fmt.Errorf("listen on %s: %w as something other than a socket", path, block.ErrExists)
-	}
-	conn, err := net.Dial("unix", path)
-	if err == nil {
-		conn.Close()
-		return fmt.Errorf("listen on %s: %w", path, block.ErrLocked)
-	}
-	if !errors.Is(err, syscall.ECONNREFUSED) {
-		return fmt.Errorf("listen on %s: %w", path, err)
-	}
-	return os.Remove(path)
 }

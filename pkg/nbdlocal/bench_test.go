@@ -2,7 +2,6 @@ package nbdlocal
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -159,31 +158,8 @@ func processorTime(tb testing.TB, pid int) float64 {
 }
 
 func startOurs(t *testing.T, image, socket string) int {
-	serveUnix(t, openFileDevice(t, image), socket, Options{})
+	serveUnix(t, openFileDevice(t, image), socket)
 	return os.Getpid()
-}
-
-// serveUnix serves dev on a unix socket until the test ends.
-func serveUnix(tb testing.TB, dev block.Device, socket string, opts Options) *Server {
-	tb.Helper()
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	s := NewServer(dev, opts)
-	served := make(chan error, 1)
-	go func() { served <- s.Serve(context.Background(), l) }()
-	tb.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		if err := s.Drain(ctx); err != nil {
-			tb.Errorf("drain: %v", err)
-		}
-		if err := <-served; err != nil {
-			tb.Errorf("serve: %v", err)
-		}
-	})
-	return s
 }
 
 // startProcess runs a server until the test ends, and waits for its socket.

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 )
 
 // client is an NBD client for tests: requests go out and replies come in one by one,
@@ -22,7 +24,8 @@ import (
 type client struct {
 	tb         testing.TB
 	conn       net.Conn
-	structured bool
+	structured bool // replies are, or extended
+	extended   bool
 	sent       map[uint64]command
 	cookie     uint64
 	size       int64
@@ -42,7 +45,9 @@ type answer struct {
 	text   string
 	data   []byte      // of a read
 	chunks []string    // what a structured reply consisted of
-	status [][2]uint32 // of a block status
+	status [][2]uint32 // of a block status, the first context's
+	// statuses are those of all contexts, by their number.
+	statuses map[uint32][][2]uint64
 }
 
 // socketPair returns two connected stream sockets: the server's as a file in blocking
@@ -98,10 +103,26 @@ func (c *client) send(cmd, flags uint16, off int64, n int, payload []byte) uint6
 	c.tb.Helper()
 	c.cookie++
 	c.sent[c.cookie] = command{cmd, flags, off, n}
-	if _, err := c.conn.Write(append(requestHeader(cmd, flags, c.cookie, off, n), payload...)); err != nil {
+	header := requestHeader(cmd, flags, c.cookie, off, n)
+	if c.extended {
+		if cmd == cmdWrite {
+			flags |= cmdFlagPayloadLen
+		}
+		header = extendedHeader(cmd, flags, c.cookie, off, uint64(n))
+	}
+	if _, err := c.conn.Write(append(header, payload...)); err != nil {
 		c.tb.Fatalf("send command %d: %v", cmd, err)
 	}
 	return c.cookie
+}
+
+func extendedHeader(cmd, flags uint16, cookie uint64, off int64, n uint64) []byte {
+	b := binary.BigEndian.AppendUint32(nil, extendedRequestMagic)
+	b = binary.BigEndian.AppendUint16(b, flags)
+	b = binary.BigEndian.AppendUint16(b, cmd)
+	b = binary.BigEndian.AppendUint64(b, cookie)
+	b = binary.BigEndian.AppendUint64(b, uint64(off))
+	return binary.BigEndian.AppendUint64(b, n)
 }
 
 // sendAll sends requests at once, so that they arrive together.
@@ -153,6 +174,10 @@ func (c *client) receiveMessage(a *answer) (done bool, err error) {
 		return false, fmt.Errorf("reply to %d, which was not asked", a.cookie)
 	}
 	switch magic := binary.BigEndian.Uint32(head[:]); {
+	case c.extended && magic == extendedReplyMagic:
+		return c.receiveExtendedChunk(a, req, head)
+	case c.extended:
+		return false, fmt.Errorf("reply begins with %#x although extended headers were negotiated", magic)
 	case magic == structuredReplyMagic && c.structured:
 		return c.receiveChunk(a, req, head)
 	case magic != simpleReplyMagic:
@@ -173,7 +198,25 @@ func (c *client) receiveChunk(a *answer, req command, head [simpleReplyBytes]byt
 	if _, err := io.ReadFull(c.conn, length[:]); err != nil {
 		return false, err
 	}
-	payload := make([]byte, binary.BigEndian.Uint32(length[:]))
+	return c.receiveChunkPayload(a, req, head, int(binary.BigEndian.Uint32(length[:])))
+}
+
+func (c *client) receiveExtendedChunk(a *answer, req command, head [simpleReplyBytes]byte) (done bool, err error) {
+	var rest [extendedReplyBytes - simpleReplyBytes]byte
+	if _, err := io.ReadFull(c.conn, rest[:]); err != nil {
+		return false, err
+	}
+	if off := int64(binary.BigEndian.Uint64(rest[:])); off != req.off {
+		return false, fmt.Errorf("reply to a request at %d says %d", req.off, off)
+	}
+	return c.receiveChunkPayload(a, req, head, int(binary.BigEndian.Uint64(rest[8:])))
+}
+
+func (c *client) receiveChunkPayload(a *answer, req command, head [simpleReplyBytes]byte, length int) (done bool, err error) {
+	if length < 0 || length > maxPayloadBytes+12 {
+		return false, fmt.Errorf("chunk of %d bytes", length)
+	}
+	payload := make([]byte, length)
 	if _, err := io.ReadFull(c.conn, payload); err != nil {
 		return false, err
 	}
@@ -191,11 +234,12 @@ func (c *client) receiveChunk(a *answer, req command, head [simpleReplyBytes]byt
 		if n := binary.BigEndian.Uint32(payload[8:]); int(n) > req.n {
 			return false, fmt.Errorf("hole of %d bytes in a read of %d", n, req.n)
 		}
-	case replyBlockStatus:
-		a.chunks = append(a.chunks, "status")
-		for p := payload[4:]; len(p) >= 8; p = p[8:] {
-			a.status = append(a.status, [2]uint32{binary.BigEndian.Uint32(p), binary.BigEndian.Uint32(p[4:])})
+	case replyBlockStatus, replyBlockStatusExt:
+		if (kind == replyBlockStatusExt) != c.extended {
+			return false, fmt.Errorf("chunk of type %d, extended headers: %v", kind, c.extended)
 		}
+		a.chunks = append(a.chunks, "status")
+		a.addStatus(kind, payload)
 	case replyError:
 		a.chunks = append(a.chunks, "error")
 		a.errno = syscall.Errno(binary.BigEndian.Uint32(payload))
@@ -204,6 +248,31 @@ func (c *client) receiveChunk(a *answer, req command, head [simpleReplyBytes]byt
 		return false, fmt.Errorf("chunk of type %d", kind)
 	}
 	return binary.BigEndian.Uint16(head[4:])&replyFlagDone != 0, nil
+}
+
+// addStatus takes a chunk of a block status apart.
+func (a *answer) addStatus(kind uint16, payload []byte) {
+	id := binary.BigEndian.Uint32(payload)
+	var list [][2]uint64
+	if kind == replyBlockStatus {
+		for p := payload[4:]; len(p) >= 8; p = p[8:] {
+			list = append(list, [2]uint64{uint64(binary.BigEndian.Uint32(p)), uint64(binary.BigEndian.Uint32(p[4:]))})
+		}
+	} else {
+		for p := payload[8:]; len(p) >= 16; p = p[16:] {
+			list = append(list, [2]uint64{binary.BigEndian.Uint64(p), binary.BigEndian.Uint64(p[8:])})
+		}
+		if count := binary.BigEndian.Uint32(payload[4:]); int(count) != len(list) || len(payload) != 8+16*len(list) {
+			panic(fmt.Sprintf("%d descriptors announced in %d bytes", count, len(payload)))
+		}
+	}
+	if a.statuses == nil {
+		a.statuses = map[uint32][][2]uint64{}
+		for _, d := range list {
+			a.status = append(a.status, [2]uint32{uint32(d[0]), uint32(d[1])})
+		}
+	}
+	a.statuses[id] = append(a.statuses[id], list...)
 }
 
 // do sends one request and waits for its reply, the only one outstanding.
@@ -236,35 +305,77 @@ func (c *client) write(off int64, data []byte) {
 	}
 }
 
-// unixClient serves dev on a unix socket and connects to it, before the handshake.
-func unixClient(tb testing.TB, s *Server) (c *client, socket string) {
+// exportsOf returns exports with one in them.
+func exportsOf(tb testing.TB, name string, s *Server, opts ExportsOptions) *Exports {
 	tb.Helper()
-	socket = filepath.Join(tb.TempDir(), "nbd")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
+	e := NewExports(opts)
+	if err := e.Add(name, s); err != nil {
 		tb.Fatal(err)
 	}
-	served := make(chan error, 1)
-	go func() { served <- s.Serve(context.Background(), l) }()
+	return e
+}
+
+// unixClient serves s on a unix socket and connects to it, before the handshake.
+func unixClient(tb testing.TB, s *Server) *client {
+	tb.Helper()
+	c, _ := exportsClient(tb, exportsOf(tb, "", s, ExportsOptions{}))
+	return c
+}
+
+// exportsClient serves exports on a unix socket and connects to it.
+func exportsClient(tb testing.TB, e *Exports) (c *client, socket string) {
+	tb.Helper()
+	socket = filepath.Join(tb.TempDir(), "nbd")
+	serveExports(tb, e, socket)
+	return dialClient(tb, socket), socket
+}
+
+// dialClient connects to a unix socket.
+func dialClient(tb testing.TB, socket string) *client {
+	tb.Helper()
 	conn, err := net.Dial("unix", socket)
 	if err != nil {
 		tb.Fatal(err)
 	}
+	tb.Cleanup(func() { _ = conn.Close() })
+	return newClient(tb, conn)
+}
+
+// serveExports serves on a unix socket until the test ends.
+func serveExports(tb testing.TB, e *Exports, socket string) {
+	tb.Helper()
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	serveListener(tb, e, l)
+}
+
+func serveListener(tb testing.TB, e *Exports, l net.Listener) {
+	tb.Helper()
+	served := make(chan error, 1)
+	go func() { served <- e.Serve(context.Background(), l) }()
 	tb.Cleanup(func() {
-		_ = conn.Close()
-		stopServer(tb, s)
+		stopExports(tb, e)
 		if err := <-served; err != nil {
 			tb.Errorf("serve: %v", err)
 		}
 	})
-	return newClient(tb, conn), socket
 }
 
-func stopServer(tb testing.TB, s *Server) {
+// serveUnix serves dev on a unix socket until the test ends.
+func serveUnix(tb testing.TB, dev block.Device, socket string) *Server {
+	tb.Helper()
+	s := NewServer(dev, Options{})
+	serveExports(tb, exportsOf(tb, "", s, ExportsOptions{}), socket)
+	return s
+}
+
+func stopExports(tb testing.TB, e *Exports) {
 	tb.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	if err := s.Drain(ctx); err != nil {
+	if err := e.Drain(ctx); err != nil {
 		tb.Errorf("drain: %v", err)
 	}
 }
@@ -361,10 +472,28 @@ func (c *client) enter(structured bool) {
 	c.greet(flagFixedNewstyle | flagNoZeroes)
 	if structured {
 		c.option(optStructuredReply, nil)
-		c.option(optSetMetaContext, contextData("", contextAllocation))
+		c.option(optSetMetaContext, contextData("", "base:allocation"))
 		c.structured = true
 	}
-	replies := c.option(optGo, infoData("", infoBlockSize))
+	c.goTo("")
+}
+
+// enterExtended goes there with extended headers and all metadata contexts.
+func (c *client) enterExtended() {
+	c.tb.Helper()
+	c.greet(flagFixedNewstyle | flagNoZeroes)
+	if got := c.option(optExtendedHeaders, nil); got[0].kind != repAck {
+		c.tb.Fatalf("extended headers: %+v", got)
+	}
+	c.option(optSetMetaContext, contextData("", "base:allocation", "qemu:allocation-depth"))
+	c.structured, c.extended = true, true
+	c.goTo("")
+}
+
+// goTo ends the handshake with GO.
+func (c *client) goTo(export string) {
+	c.tb.Helper()
+	replies := c.option(optGo, infoData(export, infoBlockSize))
 	if last := replies[len(replies)-1]; last.kind != repAck {
 		c.tb.Fatalf("GO: %#x %s", last.kind, last.payload)
 	}

@@ -11,10 +11,19 @@ import (
 
 // session is what was agreed with the peer.
 type session struct {
-	structured bool // replies are structured
-	allocation bool // the metadata context base:allocation was selected
+	structured bool       // replies are structured, or extended if extended is set
+	extended   bool       // headers are extended
+	contexts   contextSet // what block status tells
 	readOnly   bool
 	kernel     bool // the peer is the kernel's nbd driver
+}
+
+// requestBytes is the size of a request's header.
+func (s *session) requestBytes() int {
+	if s.extended {
+		return extendedRequestBytes
+	}
+	return requestBytes
 }
 
 // conn is a connection in the transmission phase.

@@ -91,7 +91,8 @@ func TestServeConn_Errors(t *testing.T) {
 		{name: "read of 4 GiB", cmd: cmdRead, n: 1<<32 - 1, want: syscall.EINVAL},
 		{name: "write too large", cmd: cmdWrite, n: maxPayloadBytes + 1, want: syscall.EINVAL},
 		{name: "unknown command", cmd: 77, n: 5, want: syscall.EINVAL},
-		{name: "cache command, not advertised", cmd: 5, n: 5, want: syscall.EINVAL},
+		{name: "cache past the end", cmd: cmdCache, off: size, n: 1, want: syscall.EINVAL},
+		{name: "flag of an extended header", cmd: cmdFlush, flags: cmdFlagPayloadLen, want: syscall.EINVAL},
 		{name: "unknown flag", cmd: cmdRead, flags: 1 << 9, n: 5, want: syscall.EINVAL},
 		{name: "flag of another command", cmd: cmdWrite, flags: cmdFlagNoHole, n: 5, want: syscall.EINVAL},
 		{name: "DF without structured replies", cmd: cmdRead, flags: cmdFlagDF, n: 5, want: syscall.EINVAL},
@@ -181,7 +182,7 @@ func TestServeConn_Model(t *testing.T) {
 			t.Parallel()
 			m := &model{base: int64(i) * area, want: make([]byte, area), rnd: rand.New(rand.NewPCG(seed, seed)), pending: map[uint64]pending{}}
 			if i == 0 {
-				m.client, _ = unixClient(t, NewServer(dev, Options{}))
+				m.client = unixClient(t, NewServer(dev, Options{}))
 				m.client.enter(true)
 			} else {
 				m.client, _ = pipeClient(t, s)
@@ -306,6 +307,7 @@ func TestServeConn_EndOfConnection(t *testing.T) {
 		{"half the payload of a refused write", append(requestHeader(cmdWrite, 0, 1, 1<<40, 100), make([]byte, 50)...), io.ErrUnexpectedEOF},
 		{"disconnect", requestHeader(cmdDisc, 0, 0, 0, 0), nil},
 		{"bytes after disconnect", append(requestHeader(cmdDisc, 0, 0, 0, 0), 1, 2, 3), nil},
+		{"hostile length", requestHeader(cmdWrite, 0, 1, 0, hostilePayloadBytes+1), errAny},
 		{"garbage", bytes.Repeat([]byte{0xee}, 28), errAny},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -1,17 +1,12 @@
 package nbdlocal
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"strings"
-	"time"
 	"unicode/utf8"
-
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 )
 
 const (
@@ -27,91 +22,72 @@ const (
 // errGoodbye says that a client ended the handshake as the protocol provides.
 var errGoodbye = errors.New("client left")
 
-// shakeHands brings a client to the transmission phase, within the time allowed.
-func (s *Server) shakeHands(ctx context.Context, client net.Conn) (session, error) {
-	stop := context.AfterFunc(ctx, func() { _ = client.Close() })
-	defer stop()
-	if err := client.SetDeadline(time.Now().Add(s.opts.HandshakeTimeout)); err != nil {
-		return session{}, err
-	}
-	h := handshake{
-		client: client,
-		export: export{
-			name:        s.opts.ExportName,
-			description: s.opts.Description,
-			info:        s.dev.Info(),
-			readOnly:    s.readOnly(),
-		},
-	}
-	agreed, err := h.run()
-	if err != nil {
-		return session{}, err
-	}
-	return agreed, client.SetDeadline(time.Time{})
-}
-
-// export is what clients can see of a device before the transmission phase.
-type export struct {
-	name, description string
-	info              block.Info
-	readOnly          bool
-}
-
-// known reports whether a client may call the export name.
-func (e *export) known(name string) bool { return name == "" || name == e.name }
-
-// flags are the transmission flags.
-func (e *export) flags(structured bool) uint16 {
-	flags := uint16(flagHasFlags | flagSendFlush | flagSendFUA | flagCanMultiConn)
-	if e.readOnly {
-		flags |= flagReadOnly
-	} else {
-		flags |= flagSendWriteZeroes | flagSendFastZero
-		if e.info.CanDiscard {
-			flags |= flagSendTrim
-		}
-	}
-	if structured {
-		flags |= flagSendDF
-	}
-	return flags
-}
-
 // handshake is the state of the haggling with one client.
 type handshake struct {
-	client   io.ReadWriter
-	export   export
+	client  io.ReadWriter
+	exports *Exports
+	// startTLS makes the connection a secure one; nil if there is no TLS, or it has
+	// been started.
+	startTLS func() (io.ReadWriter, error)
+	// claim makes room for a client in the transmission phase; false if there is none.
+	claim    func() bool
+	secure   bool // TLS has been started
 	noZeroes bool
 	agreed   session
-	// context is the export for which base:allocation was selected; valid if
-	// agreed.allocation.
-	context string
-	out     []byte // the reply in the making
+	// contextsOf is the export for which agreed.contexts were selected.
+	contextsOf string
+	server     *Server // of the export that was agreed on
+	out        []byte  // the reply in the making
 }
 
 // run greets the client and answers its options until one of them ends the handshake.
-func (h *handshake) run() (session, error) {
-	h.agreed.readOnly = h.export.readOnly
+// h.agreed and h.server say then what was agreed.
+func (h *handshake) run() error {
 	if err := h.greet(); err != nil {
-		return session{}, err
+		return err
 	}
 	for range maxOptions {
 		option, data, err := h.readOption()
 		if err != nil {
-			return session{}, err
+			return err
 		}
 		done, err := h.answer(option, data)
 		if err != nil {
-			return session{}, err
+			return err
 		}
 		if err := h.send(); err != nil {
-			return session{}, err
+			return err
 		}
 		if done {
-			return h.agreed, nil
+			return nil
 		}
 	}
-	return session{}, fmt.Errorf("handshake: more than %d options", maxOptions)
+	return fmt.Errorf("handshake: more than %d options", maxOptions)
+}
+
+func notKnown(name string) string {
+	return fmt.Sprintf("export %.80q is not known: want one that LIST tells", name)
+}
+
+// flags are the transmission flags of an export.
+func (h *handshake) flags(s *Server, name string) uint16 {
+	flags := uint16(flagHasFlags | flagSendFlush | flagSendFUA | flagCanMultiConn | flagSendCache)
+	info := s.dev.Info()
+	if s.readOnly() {
+		flags |= flagReadOnly
+	} else {
+		flags |= flagSendWriteZeroes | flagSendFastZero
+		if info.CanDiscard {
+			flags |= flagSendTrim
+		}
+	}
+	if h.agreed.structured {
+		flags |= flagSendDF
+	}
+	if h.agreed.extended && h.agreed.contexts != 0 && h.contextsOf == name {
+		flags |= flagBlockStatusPayload
+	}
+	return flags
 }
 
 func (h *handshake) greet() error {
@@ -176,31 +152,33 @@ func (h *handshake) readOption() (option uint32, data []byte, err error) {
 // answer puts the reply to an option into h.out. It reports whether the transmission
 // phase follows.
 func (h *handshake) answer(option uint32, data []byte) (done bool, err error) {
-	if data == nil {
-		if option == optExportName { // which has no way to refuse
-			return false, fmt.Errorf("handshake: export name of more than %d bytes", maxNameBytes)
-		}
+	if option == optExportName { // which has no way to refuse
+		return true, h.answerExportName(data)
+	}
+	switch {
+	case data == nil:
 		h.refuse(option, repErrTooBig, fmt.Sprintf("more than %d bytes", maxOptionBytes))
+		return false, nil
+	case h.exports.opts.TLSRequired && !h.secure && option != optStartTLS && option != optAbort:
+		h.refuse(option, repErrTLSReqd, "nothing is served without TLS")
 		return false, nil
 	}
 	switch option {
-	case optExportName:
-		return true, h.answerExportName(string(data))
 	case optAbort:
 		h.reply(option, repAck, nil)
 		return false, errors.Join(h.send(), errGoodbye)
 	case optList:
 		h.answerList(data)
-	case optStructuredReply:
-		h.answerStructuredReply(data)
-	case optInfo, optGo:
-		return h.answerInfo(option, data) && option == optGo, nil
+	case optStartTLS:
+		return false, h.answerStartTLS(data)
+	case optStructuredReply, optExtendedHeaders:
+		h.answerHeaders(option, data)
+	case optInfo:
+		h.answerInfo(option, data)
+	case optGo:
+		return h.answerGo(data)
 	case optListMetaContext, optSetMetaContext:
 		h.answerMetaContext(option, data)
-	case optStartTLS:
-		h.refuse(option, repErrUnsup, "this server has no TLS: its socket is local")
-	case optExtendedHeaders:
-		h.refuse(option, repErrUnsup, "no extended headers")
 	default:
 		h.refuse(option, repErrUnsup, fmt.Sprintf("option %d is not known", option))
 	}
@@ -221,23 +199,38 @@ func (h *handshake) refuse(option, kind uint32, why string) {
 	h.reply(option, kind, []byte(why))
 }
 
-func (h *handshake) answerExportName(name string) error {
-	if !h.export.known(name) {
-		return fmt.Errorf("handshake: export %.80q is not known: want %q", name, h.export.name)
+// answerExportName enters the transmission phase the old way.
+func (h *handshake) answerExportName(data []byte) error {
+	x, found := h.exports.find(string(data))
+	switch {
+	case data == nil:
+		return fmt.Errorf("handshake: export name of more than %d bytes", maxNameBytes)
+	case h.exports.opts.TLSRequired && !h.secure:
+		return errors.New("handshake: the client wants to be served without TLS")
+	case h.agreed.extended:
+		return errors.New("handshake: EXPORT_NAME after extended headers: want GO")
+	case !found:
+		return errors.New("handshake: " + notKnown(string(data)))
+	case !h.claim():
+		return errTooManyClients
 	}
-	h.settle(name)
-	h.out = binary.BigEndian.AppendUint64(h.out, uint64(h.export.info.SizeBytes))
-	h.out = binary.BigEndian.AppendUint16(h.out, h.export.flags(h.agreed.structured))
+	h.out = binary.BigEndian.AppendUint64(h.out, uint64(x.server.dev.Info().SizeBytes))
+	h.out = binary.BigEndian.AppendUint16(h.out, h.flags(x.server, string(data)))
 	if !h.noZeroes {
 		h.out = append(h.out, make([]byte, exportNameZeroes)...)
 	}
+	h.settle(x.server, string(data))
 	return nil
 }
 
-// settle makes name the session's export. Metadata contexts hold for the export that
-// they were selected for.
-func (h *handshake) settle(name string) {
-	h.agreed.allocation = h.agreed.allocation && h.context == name
+// settle makes an export the session's. Metadata contexts hold for the export that they
+// were selected for.
+func (h *handshake) settle(s *Server, name string) {
+	h.server = s
+	h.agreed.readOnly = s.readOnly()
+	if h.contextsOf != name {
+		h.agreed.contexts = 0
+	}
 }
 
 func (h *handshake) answerList(data []byte) {
@@ -245,60 +238,112 @@ func (h *handshake) answerList(data []byte) {
 		h.refuse(optList, repErrInvalid, "want no data")
 		return
 	}
-	payload := appendString(nil, h.export.name)
-	h.reply(optList, repServer, append(payload, h.export.description...))
+	for _, e := range h.exports.all() {
+		payload := appendString(nil, e.name)
+		h.reply(optList, repServer, append(payload, e.server.opts.Description...))
+	}
 	h.reply(optList, repAck, nil)
 }
 
-func (h *handshake) answerStructuredReply(data []byte) {
-	if len(data) != 0 {
-		h.refuse(optStructuredReply, repErrInvalid, "want no data")
+// answerHeaders answers the options that decide what messages look like.
+func (h *handshake) answerHeaders(option uint32, data []byte) {
+	switch {
+	case len(data) != 0:
+		h.refuse(option, repErrInvalid, "want no data")
+		return
+	case h.agreed.extended && option == optStructuredReply:
+		h.refuse(option, repErrExtHeaderReq, "extended headers have been negotiated, which do more")
+		return
+	case h.agreed.extended:
+		h.refuse(option, repErrInvalid, "extended headers have been negotiated")
 		return
 	}
-	h.agreed.structured = true
-	h.reply(optStructuredReply, repAck, nil)
+	h.agreed.structured, h.agreed.extended = true, option == optExtendedHeaders
+	h.reply(option, repAck, nil)
 }
 
-// answerInfo answers INFO and GO. It reports whether the export was granted.
-func (h *handshake) answerInfo(option uint32, data []byte) bool {
+// answerStartTLS makes the connection a secure one. What was agreed before is forgotten:
+// anybody could have said it.
+func (h *handshake) answerStartTLS(data []byte) error {
+	switch {
+	case len(data) != 0:
+		h.refuse(optStartTLS, repErrInvalid, "want no data")
+		return nil
+	case h.secure:
+		h.refuse(optStartTLS, repErrInvalid, "TLS has been started")
+		return nil
+	case h.startTLS == nil:
+		h.refuse(optStartTLS, repErrPolicy, "this server has no certificate")
+		return nil
+	}
+	h.reply(optStartTLS, repAck, nil)
+	if err := h.send(); err != nil {
+		return err
+	}
+	client, err := h.startTLS()
+	if err != nil {
+		return fmt.Errorf("handshake: start TLS: %w", err)
+	}
+	h.client, h.secure = client, true
+	h.agreed, h.contextsOf = session{}, ""
+	return nil
+}
+
+// answerGo answers GO. It reports whether the export was granted.
+func (h *handshake) answerGo(data []byte) (granted bool, err error) {
+	s, name := h.answerInfo(optGo, data)
+	if s == nil {
+		return false, nil
+	}
+	if !h.claim() {
+		h.out = h.out[:0]
+		h.refuse(optGo, repErrPolicy, errTooManyClients.Error())
+		return false, errors.Join(h.send(), errTooManyClients)
+	}
+	h.settle(s, name)
+	return true, nil
+}
+
+// answerInfo answers INFO, or GO in the same way. It returns the server of the export
+// that it granted, nil for none, and the name it was asked for by.
+func (h *handshake) answerInfo(option uint32, data []byte) (*Server, string) {
 	name, wanted, err := parseInfo(data)
 	if err != nil {
 		h.refuse(option, repErrInvalid, err.Error())
-		return false
+		return nil, ""
 	}
-	if !h.export.known(name) {
-		h.refuse(option, repErrUnknown, fmt.Sprintf("export %.80q is not known: want %q", name, h.export.name))
-		return false
+	x, found := h.exports.find(name)
+	if !found {
+		h.refuse(option, repErrUnknown, notKnown(name))
+		return nil, ""
 	}
+	s := x.server
 	payload := binary.BigEndian.AppendUint16(nil, infoExport)
-	payload = binary.BigEndian.AppendUint64(payload, uint64(h.export.info.SizeBytes))
-	payload = binary.BigEndian.AppendUint16(payload, h.export.flags(h.agreed.structured))
+	payload = binary.BigEndian.AppendUint64(payload, uint64(s.dev.Info().SizeBytes))
+	payload = binary.BigEndian.AppendUint16(payload, h.flags(s, name))
 	h.reply(option, repInfo, payload)
 	for i := 0; i < len(wanted); i += 2 {
-		if payload := h.info(binary.BigEndian.Uint16(wanted[i:])); payload != nil {
+		if payload := x.info(binary.BigEndian.Uint16(wanted[i:])); payload != nil {
 			h.reply(option, repInfo, payload)
 		}
 	}
 	h.reply(option, repAck, nil)
-	if option == optGo {
-		h.settle(name)
-	}
-	return true
+	return s, name
 }
 
 // info returns the information of a kind, nil if there is none.
-func (h *handshake) info(kind uint16) []byte {
+func (x *export) info(kind uint16) []byte {
 	payload := binary.BigEndian.AppendUint16(nil, kind)
 	switch kind {
 	case infoName:
-		return append(payload, h.export.name...)
+		return append(payload, x.name...)
 	case infoDescription:
-		if h.export.description != "" {
-			return append(payload, h.export.description...)
+		if text := x.server.opts.Description; text != "" {
+			return append(payload, text...)
 		}
 	case infoBlockSize:
 		// Devices accept any alignment; what costs them least is a page.
-		preferred := max(h.export.info.LogicalBlockBytes, 4096)
+		preferred := max(x.server.dev.Info().LogicalBlockBytes, 4096)
 		payload = binary.BigEndian.AppendUint32(payload, 1)
 		payload = binary.BigEndian.AppendUint32(payload, uint32(preferred))
 		return binary.BigEndian.AppendUint32(payload, maxPayloadBytes)
@@ -335,76 +380,6 @@ func parseInfo(data []byte) (name string, wanted []byte, err error) {
 	return name, kept, nil
 }
 
-// answerMetaContext lists or selects metadata contexts: base:allocation or nothing.
-func (h *handshake) answerMetaContext(option uint32, data []byte) {
-	if option == optSetMetaContext {
-		h.agreed.allocation = false // also when the option fails
-	}
-	name, queries, err := parseMetaContext(data)
-	switch {
-	case !h.agreed.structured:
-		h.refuse(option, repErrInvalid, "structured replies have to be negotiated first")
-		return
-	case err != nil:
-		h.refuse(option, repErrInvalid, err.Error())
-		return
-	case !h.export.known(name):
-		h.refuse(option, repErrUnknown, fmt.Sprintf("export %.80q is not known: want %q", name, h.export.name))
-		return
-	}
-	if matchesAllocation(option, queries) {
-		id := uint32(0) // reserved when listing
-		if option == optSetMetaContext {
-			id = contextAllocationID
-			h.agreed.allocation, h.context = true, name
-		}
-		payload := binary.BigEndian.AppendUint32(nil, id)
-		h.reply(option, repMetaContext, append(payload, contextAllocation...))
-	}
-	h.reply(option, repAck, nil)
-}
-
-// matchesAllocation reports whether queries ask for base:allocation. Listing knows
-// wildcards: no query at all, and the bare namespace.
-func matchesAllocation(option uint32, queries []string) bool {
-	if option == optListMetaContext && len(queries) == 0 {
-		return true
-	}
-	for _, q := range queries {
-		if q == contextAllocation || option == optListMetaContext && q == "base:" {
-			return true
-		}
-	}
-	return false
-}
-
-// parseMetaContext takes apart the data of LIST_META_CONTEXT and SET_META_CONTEXT.
-func parseMetaContext(data []byte) (name string, queries []string, err error) {
-	name, data, err = cutString(data, maxNameBytes)
-	if err != nil {
-		return "", nil, fmt.Errorf("export name: %w", err)
-	}
-	if len(data) < 4 {
-		return "", nil, errors.New("it ends before the number of queries")
-	}
-	count := binary.BigEndian.Uint32(data)
-	data = data[4:]
-	if int64(count) > int64(len(data)/4) {
-		return "", nil, fmt.Errorf("%d queries in %d bytes", count, len(data))
-	}
-	for i := range count {
-		var query string
-		if query, data, err = cutString(data, maxNameBytes); err != nil {
-			return "", nil, fmt.Errorf("query %d: %w", i, err)
-		}
-		queries = append(queries, query)
-	}
-	if len(data) != 0 {
-		return "", nil, fmt.Errorf("%d bytes after the last query", len(data))
-	}
-	return name, queries, nil
-}
-
 // cutString takes a string with its length in front off data.
 func cutString(data []byte, most int) (s string, rest []byte, err error) {
 	if len(data) < 4 {
@@ -419,11 +394,14 @@ func cutString(data []byte, most int) (s string, rest []byte, err error) {
 		return "", nil, fmt.Errorf("string of %d bytes in %d", length, len(data))
 	}
 	s = string(data[:length])
-	if !utf8.ValidString(s) || strings.ContainsRune(s, 0) {
+	if !validString(s) {
 		return "", nil, fmt.Errorf("string %.80q: want UTF-8 without NUL", s)
 	}
 	return s, data[length:], nil
 }
+
+// validString reports whether the protocol allows s as a string, its length aside.
+func validString(s string) bool { return utf8.ValidString(s) && !strings.ContainsRune(s, 0) }
 
 func appendString(out []byte, s string) []byte {
 	out = binary.BigEndian.AppendUint32(out, uint32(len(s)))

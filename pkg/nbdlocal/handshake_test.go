@@ -21,16 +21,17 @@ import (
 
 func TestHandshake_Options(t *testing.T) {
 	const size = 3*memPage + 5
-	opts := Options{ExportName: "vol", Description: "a test's volume"}
 	exportInfo := func(flags uint16) string {
 		b := binary.BigEndian.AppendUint16(nil, infoExport)
 		b = binary.BigEndian.AppendUint64(b, size)
 		return string(binary.BigEndian.AppendUint16(b, flags))
 	}
-	const plain = flagHasFlags | flagSendFlush | flagSendFUA | flagSendTrim | flagSendWriteZeroes | flagCanMultiConn | flagSendFastZero
+	const plain = flagHasFlags | flagSendFlush | flagSendFUA | flagSendTrim | flagSendWriteZeroes | flagCanMultiConn | flagSendFastZero | flagSendCache
 	blockSize := "\x00\x03\x00\x00\x00\x01\x00\x00\x10\x00\x02\x00\x00\x00"
-	context0 := optReply{repMetaContext, "\x00\x00\x00\x00base:allocation"}
-	context1 := optReply{repMetaContext, "\x00\x00\x00\x01base:allocation"}
+	allocation0 := optReply{repMetaContext, "\x00\x00\x00\x00base:allocation"}
+	allocation1 := optReply{repMetaContext, "\x00\x00\x00\x01base:allocation"}
+	depth0 := optReply{repMetaContext, "\x00\x00\x00\x00qemu:allocation-depth"}
+	depth2 := optReply{repMetaContext, "\x00\x00\x00\x02qemu:allocation-depth"}
 	ack := optReply{kind: repAck}
 	refused := func(kind uint32) []optReply { return []optReply{{kind: kind}} }
 	for _, tc := range []struct {
@@ -44,8 +45,10 @@ func TestHandshake_Options(t *testing.T) {
 		{name: "list with data", option: optList, data: []byte("x"), want: refused(repErrInvalid)},
 		{name: "structured replies", option: optStructuredReply, want: []optReply{ack}},
 		{name: "structured replies with data", option: optStructuredReply, data: []byte("x"), want: refused(repErrInvalid)},
-		{name: "TLS", option: optStartTLS, want: refused(repErrUnsup)},
-		{name: "extended headers", option: optExtendedHeaders, want: refused(repErrUnsup)},
+		{name: "TLS without a certificate", option: optStartTLS, want: refused(repErrPolicy)},
+		{name: "extended headers", option: optExtendedHeaders, want: []optReply{ack}},
+		{name: "extended headers after structured replies", structured: true, option: optExtendedHeaders, want: []optReply{ack}},
+		{name: "extended headers with data", option: optExtendedHeaders, data: []byte("x"), want: refused(repErrInvalid)},
 		{name: "unknown", option: 4711, data: []byte("whatever"), want: refused(repErrUnsup)},
 		{name: "too long", option: optInfo, data: make([]byte, maxOptionBytes+1), want: refused(repErrTooBig)},
 
@@ -63,11 +66,13 @@ func TestHandshake_Options(t *testing.T) {
 		{name: "info with a name too long", option: optInfo, data: infoData(strings.Repeat("x", maxNameBytes+1)), want: refused(repErrInvalid)},
 
 		{name: "contexts before structured replies", option: optListMetaContext, data: contextData(""), want: refused(repErrInvalid)},
-		{name: "all contexts", structured: true, option: optListMetaContext, data: contextData(""), want: []optReply{context0, ack}},
-		{name: "contexts of a namespace", structured: true, option: optListMetaContext, data: contextData("", "base:"), want: []optReply{context0, ack}},
-		{name: "contexts of other namespaces", structured: true, option: optListMetaContext, data: contextData("", "qemu:", "x-y:z"), want: []optReply{ack}},
+		{name: "all contexts", structured: true, option: optListMetaContext, data: contextData(""), want: []optReply{allocation0, depth0, ack}},
+		{name: "contexts of a namespace", structured: true, option: optListMetaContext, data: contextData("", "base:"), want: []optReply{allocation0, ack}},
+		{name: "contexts of another namespace", structured: true, option: optListMetaContext, data: contextData("", "qemu:", "base:x"), want: []optReply{depth0, ack}},
+		{name: "contexts of namespaces that aren't there", structured: true, option: optListMetaContext, data: contextData("", "qemux:", "x-y:z"), want: []optReply{ack}},
 		{name: "contexts of another export", structured: true, option: optListMetaContext, data: contextData("other"), want: refused(repErrUnknown)},
-		{name: "select", structured: true, option: optSetMetaContext, data: contextData("vol", "x:y", contextAllocation), want: []optReply{context1, ack}},
+		{name: "select", structured: true, option: optSetMetaContext, data: contextData("vol", "x:y", "base:allocation"), want: []optReply{allocation1, ack}},
+		{name: "select all there are", structured: true, option: optSetMetaContext, data: contextData("vol", "qemu:allocation-depth", "base:allocation"), want: []optReply{allocation1, depth2, ack}},
 		{name: "select nothing", structured: true, option: optSetMetaContext, data: contextData(""), want: []optReply{ack}},
 		{name: "select a wildcard", structured: true, option: optSetMetaContext, data: contextData("", "base:"), want: []optReply{ack}},
 		{name: "too many queries", structured: true, option: optSetMetaContext, data: append(appendString(nil, ""), 0xff, 0xff, 0xff, 0xff), want: refused(repErrInvalid)},
@@ -75,7 +80,8 @@ func TestHandshake_Options(t *testing.T) {
 		{name: "bytes after the queries", structured: true, option: optSetMetaContext, data: append(contextData(""), 1), want: refused(repErrInvalid)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			c, _ := unixClient(t, NewServer(newMemDevice(size), opts))
+			server := NewServer(newMemDevice(size), Options{Description: "a test's volume"})
+			c, _ := exportsClient(t, exportsOf(t, "vol", server, ExportsOptions{}))
 			c.greet(flagFixedNewstyle | flagNoZeroes)
 			if tc.structured {
 				c.option(optStructuredReply, nil)
@@ -110,9 +116,9 @@ func TestHandshake_ReadOnly(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			dev := newMemDevice(mib)
 			dev.readOnly = tc.device
-			c, _ := unixClient(t, NewServer(dev, Options{ReadOnly: tc.option}))
+			c := unixClient(t, NewServer(dev, Options{ReadOnly: tc.option}))
 			c.enter(false)
-			if want := uint16(flagHasFlags | flagReadOnly | flagSendFlush | flagSendFUA | flagCanMultiConn); c.flags != want {
+			if want := uint16(flagHasFlags | flagReadOnly | flagSendFlush | flagSendFUA | flagCanMultiConn | flagSendCache); c.flags != want {
 				t.Errorf("flags %#x, want %#x", c.flags, want)
 			}
 		})
@@ -122,7 +128,7 @@ func TestHandshake_ReadOnly(t *testing.T) {
 // TestHandshake_ExportName enters the transmission phase the old way.
 func TestHandshake_ExportName(t *testing.T) {
 	for _, flags := range []uint32{0, flagFixedNewstyle, flagFixedNewstyle | flagNoZeroes} {
-		c, _ := unixClient(t, NewServer(newMemDevice(mib), Options{ExportName: "vol"}))
+		c, _ := exportsClient(t, exportsOf(t, "vol", NewServer(newMemDevice(mib), Options{}), ExportsOptions{}))
 		c.greet(flags)
 		c.sendOption(optExportName, []byte("vol"))
 		reply := make([]byte, 10)
@@ -143,11 +149,11 @@ func TestHandshake_ExportName(t *testing.T) {
 }
 
 func TestHandshake_ContextsAreForOneExport(t *testing.T) {
-	c, _ := unixClient(t, NewServer(newMemDevice(mib), Options{ExportName: "vol"}))
+	c, _ := exportsClient(t, exportsOf(t, "vol", NewServer(newMemDevice(mib), Options{}), ExportsOptions{}))
 	c.greet(flagFixedNewstyle)
 	c.option(optStructuredReply, nil)
 	c.structured = true
-	c.option(optSetMetaContext, contextData("vol", contextAllocation))
+	c.option(optSetMetaContext, contextData("vol", "base:allocation"))
 	c.option(optGo, infoData(""))
 	if a := c.do(cmdBlockStatus, 0, 0, 5, nil); a.errno == 0 {
 		t.Error("block status of an export for which no context was selected")
@@ -174,7 +180,7 @@ func TestHandshake_HungUpOn(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			problems := make(chan error, 1)
-			c, _ := unixClient(t, NewServer(newMemDevice(mib), Options{
+			c, _ := exportsClient(t, exportsOf(t, "vol", NewServer(newMemDevice(mib), Options{}), ExportsOptions{
 				HandshakeTimeout: 200 * time.Millisecond,
 				ClientError:      func(err error) { problems <- err },
 			}))
@@ -191,7 +197,8 @@ func TestHandshake_HungUpOn(t *testing.T) {
 
 func TestHandshake_EndlessOptions(t *testing.T) {
 	problems := make(chan error, 1)
-	c, _ := unixClient(t, NewServer(newMemDevice(mib), Options{ClientError: func(err error) { problems <- err }}))
+	c, _ := exportsClient(t, exportsOf(t, "", NewServer(newMemDevice(mib), Options{}),
+		ExportsOptions{ClientError: func(err error) { problems <- err }}))
 	c.greet(flagFixedNewstyle)
 	go func() { _, _ = io.Copy(io.Discard, c.conn) }()
 	for {
@@ -205,27 +212,61 @@ func TestHandshake_EndlessOptions(t *testing.T) {
 }
 
 func TestServe_MaxClients(t *testing.T) {
-	s := NewServer(newMemDevice(mib), Options{MaxClients: 2})
-	first, socket := unixClient(t, s)
+	problems := make(chan error, 100)
+	e := exportsOf(t, "", NewServer(newMemDevice(mib), Options{}),
+		ExportsOptions{MaxClients: 2, ClientError: func(err error) { problems <- err }})
+	first, socket := exportsClient(t, e)
 	first.enter(false)
-	connect := func() *client {
-		conn, err := net.Dial("unix", socket)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = conn.Close() })
-		return newClient(t, conn)
+	dialClient(t, socket).enter(true)
+	third := dialClient(t, socket)
+	third.greet(flagFixedNewstyle)
+	if got := third.option(optList, nil); got[0].kind != repServer {
+		t.Errorf("a third client may look, but was told %+v", got)
 	}
-	connect().greet(flagFixedNewstyle)
-	if n, err := connect().conn.Read(make([]byte, 1)); err == nil {
-		t.Errorf("a third client was sent %d bytes", n)
+	if got := third.option(optGo, infoData("")); got[0].kind != repErrPolicy || !strings.Contains(got[0].payload, "too many clients") {
+		t.Errorf("a third client was answered %+v", got)
+	}
+	if _, err := third.conn.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("a third client reads on: %v", err)
+	}
+	if err := <-problems; !errors.Is(err, errTooManyClients) {
+		t.Errorf("problem: %v", err)
 	}
 	first.send(cmdDisc, 0, 0, 0, nil)
 	if !eventually(func() bool {
-		_, err := io.ReadFull(connect().conn, make([]byte, 18))
-		return err == nil
+		c := dialClient(t, socket)
+		c.greet(flagFixedNewstyle)
+		return c.option(optGo, infoData(""))[0].kind == repInfo
 	}) {
 		t.Error("no room for another client after one has left")
+	}
+}
+
+// TestServe_SilentClientsKeepNobodyOut: thousands of clients that connect and say nothing
+// cost the oldest of them their connections, and nobody else.
+func TestServe_SilentClientsKeepNobodyOut(t *testing.T) {
+	e := exportsOf(t, "", NewServer(newMemDevice(mib), Options{}), ExportsOptions{MaxClients: 1})
+	served, socket := exportsClient(t, e)
+	served.enter(false)
+	served.send(cmdDisc, 0, 0, 0, nil)
+	count := 3000
+	if testing.Short() {
+		count = 600
+	}
+	for i := range count {
+		conn, err := net.Dial("unix", socket)
+		if err != nil {
+			t.Fatalf("connection %d: %v", i, err)
+		}
+		defer conn.Close()
+	}
+	last := dialClient(t, socket)
+	last.enter(true)
+	last.write(5, []byte("served"))
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if n := e.greeting.Len(); n > maxGreeting {
+		t.Errorf("%d clients in the handshake, want at most %d", n, maxGreeting)
 	}
 }
 
@@ -234,19 +275,11 @@ func TestServe_ContextEnds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := NewServer(newMemDevice(mib), Options{})
+	e := exportsOf(t, "", NewServer(newMemDevice(mib), Options{}), ExportsOptions{})
 	ctx, cancel := context.WithCancel(context.Background())
 	result := make(chan error, 1)
-	go func() { result <- s.Serve(ctx, l) }()
-	dial := func() *client {
-		conn, err := net.Dial("unix", l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = conn.Close() })
-		return newClient(t, conn)
-	}
-	greeting, transmitting := dial(), dial()
+	go func() { result <- e.Serve(ctx, l) }()
+	greeting, transmitting := dialClient(t, l.Addr().String()), dialClient(t, l.Addr().String())
 	greeting.greet(flagFixedNewstyle)
 	transmitting.enter(false)
 	cancel()
@@ -265,9 +298,9 @@ func TestServe_AfterDrain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := NewServer(newMemDevice(mib), Options{})
-	stopServer(t, s)
-	if err := s.Serve(context.Background(), l); err == nil {
+	e := exportsOf(t, "", NewServer(newMemDevice(mib), Options{}), ExportsOptions{})
+	stopExports(t, e)
+	if err := e.Serve(context.Background(), l); err == nil {
 		t.Error("Serve after Drain: no error")
 	}
 }
@@ -282,8 +315,9 @@ func TestServe_ManyClients(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := NewServer(newMemDevice(mib), Options{})
+		e := exportsOf(t, "", s, ExportsOptions{})
 		served := make(chan error, 1)
-		go func() { served <- s.Serve(context.Background(), l) }()
+		go func() { served <- e.Serve(context.Background(), l) }()
 		var clients sync.WaitGroup
 		for range 8 {
 			clients.Go(func() {
@@ -300,7 +334,7 @@ func TestServe_ManyClients(t *testing.T) {
 			})
 		}
 		time.Sleep(10 * time.Millisecond)
-		stopServer(t, s)
+		stopExports(t, e)
 		if err := <-served; err != nil {
 			t.Errorf("Serve: %v", err)
 		}
@@ -329,7 +363,7 @@ func TestStructuredReplies_FlatDeviceIsNotSearched(t *testing.T) {
 		if flat {
 			dev = flatDevice{mem}
 		}
-		c, _ := unixClient(t, NewServer(dev, Options{}))
+		c := unixClient(t, NewServer(dev, Options{}))
 		c.enter(true)
 		want := "hole"
 		if flat {
@@ -351,7 +385,7 @@ func TestStructuredReplies(t *testing.T) {
 		}
 		return nil
 	}
-	c, _ := unixClient(t, NewServer(dev, Options{}))
+	c := unixClient(t, NewServer(dev, Options{}))
 	c.enter(true)
 	c.write(4*memPage, bytes.Repeat([]byte{7}, 2*memPage))
 	for _, tc := range []struct {
@@ -388,7 +422,7 @@ func TestStructuredReplies(t *testing.T) {
 func TestBlockStatus(t *testing.T) {
 	const pages = 8000
 	dev := newMemDevice(pages * memPage)
-	c, _ := unixClient(t, NewServer(dev, Options{}))
+	c := unixClient(t, NewServer(dev, Options{}))
 	c.enter(true)
 	c.write(2*memPage, make([]byte, 3*memPage))
 	const hole, data = stateHole | stateZero, 0
@@ -431,7 +465,7 @@ type nonsense struct{ *memDevice }
 func (nonsense) Map(off, _ int64) (block.Extent, error) { return block.Extent{Off: off}, nil }
 
 func TestBlockStatus_DeviceWithNonsense(t *testing.T) {
-	c, _ := unixClient(t, NewServer(nonsense{newMemDevice(mib)}, Options{}))
+	c := unixClient(t, NewServer(nonsense{newMemDevice(mib)}, Options{}))
 	c.enter(true)
 	if a := c.do(cmdBlockStatus, 0, 0, mib, nil); a.errno == 0 {
 		t.Errorf("status %v, want an error", a.status)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -15,7 +16,7 @@ import (
 // Other people's clients, which know the protocol better than our own does.
 
 // oracleDevice is a device with data, holes and an odd size, and its export.
-func oracleDevice(t *testing.T, opts Options) (dev *memDevice, uri string) {
+func oracleDevice(t *testing.T, name string) (dev *memDevice, uri string) {
 	dev = newMemDevice(40*mib + 512*3)
 	rnd := testenv.Rand(t)
 	for _, at := range []int64{0, 5 * mib, 5*mib + memPage, 17*mib + 4096, dev.size - 5000} {
@@ -28,9 +29,13 @@ func oracleDevice(t *testing.T, opts Options) (dev *memDevice, uri string) {
 		}
 	}
 	socket := filepath.Join(t.TempDir(), "nbd")
-	opts.ClientError = func(err error) { t.Errorf("server: %v", err) }
-	serveUnix(t, dev, socket, opts)
-	return dev, "nbd+unix:///" + opts.ExportName + "?socket=" + socket
+	server := NewServer(dev, Options{Description: "what it is"})
+	serveExports(t, exportsOf(t, name, server, failOnClientError(t)), socket)
+	return dev, "nbd+unix:///" + name + "?socket=" + socket
+}
+
+func failOnClientError(t *testing.T) ExportsOptions {
+	return ExportsOptions{ClientError: func(err error) { t.Errorf("server: %v", err) }}
 }
 
 func run(t *testing.T, program string, args ...string) string {
@@ -47,7 +52,7 @@ func run(t *testing.T, program string, args ...string) string {
 }
 
 func TestOracle_nbdinfo(t *testing.T) {
-	dev, uri := oracleDevice(t, Options{ExportName: "vol", Description: "what it is"})
+	dev, uri := oracleDevice(t, "vol")
 	var info struct {
 		Protocol   string
 		Structured bool
@@ -63,6 +68,7 @@ func TestOracle_nbdinfo(t *testing.T) {
 			Zero        bool  `json:"can_zero"`
 			FastZero    bool  `json:"can_fast_zero"`
 			DF          bool  `json:"can_df"`
+			Cache       bool  `json:"can_cache"`
 			Minimum     int   `json:"block_size_minimum"`
 			Preferred   int   `json:"block_size_preferred"`
 			Maximum     int   `json:"block_size_maximum"`
@@ -77,10 +83,10 @@ func TestOracle_nbdinfo(t *testing.T) {
 		t.Fatalf("nbdinfo: %s", out)
 	}
 	e := info.Exports[0]
-	if e.Name != "vol" || e.Size != dev.size || e.Description != "what it is" || len(e.Contexts) != 1 || e.Contexts[0] != contextAllocation {
+	if e.Name != "vol" || e.Size != dev.size || e.Description != "what it is" || !slices.Equal(e.Contexts, []string{"base:allocation", "qemu:allocation-depth"}) {
 		t.Errorf("nbdinfo: %s", out)
 	}
-	if e.ReadOnly || !e.MultiConn || !e.Flush || !e.FUA || !e.Trim || !e.Zero || !e.FastZero || !e.DF {
+	if e.ReadOnly || !e.MultiConn || !e.Flush || !e.FUA || !e.Trim || !e.Zero || !e.FastZero || !e.DF || !e.Cache {
 		t.Errorf("flags: %s", out)
 	}
 	if e.Minimum != 1 || e.Preferred != 4096 || e.Maximum != maxPayloadBytes {
@@ -109,7 +115,7 @@ func TestOracle_nbdinfo(t *testing.T) {
 }
 
 func TestOracle_nbdcopy(t *testing.T) {
-	dev, uri := oracleDevice(t, Options{})
+	dev, uri := oracleDevice(t, "")
 	file := filepath.Join(t.TempDir(), "copy")
 	run(t, "nbdcopy", uri, file)
 	got, err := os.ReadFile(file)
@@ -126,7 +132,7 @@ func TestOracle_nbdcopy(t *testing.T) {
 	} {
 		back := newMemDevice(dev.size)
 		socket := filepath.Join(t.TempDir(), "back")
-		s := serveUnix(t, back, socket, Options{})
+		s := serveUnix(t, back, socket)
 		run(t, "nbdcopy", append(args, file, "nbd+unix:///?socket="+socket)...)
 		if !bytes.Equal(back.snapshot(0, int(back.size)), want) {
 			t.Errorf("nbdcopy %v: what was written differs", args)
@@ -142,7 +148,7 @@ func TestOracle_nbdcopy(t *testing.T) {
 }
 
 func TestOracle_qemuImg(t *testing.T) {
-	dev, uri := oracleDevice(t, Options{ExportName: "vol"})
+	dev, uri := oracleDevice(t, "vol")
 	var info struct {
 		Size int64 `json:"virtual-size"`
 	}
@@ -175,13 +181,13 @@ func TestOracle_qemuImg(t *testing.T) {
 
 	back := newMemDevice(dev.size)
 	socket := filepath.Join(t.TempDir(), "back")
-	serveUnix(t, back, socket, Options{})
+	serveUnix(t, back, socket)
 	run(t, "qemu-img", "convert", "-n", "-W", "-f", "raw", "-O", "raw", uri, "nbd+unix:///?socket="+socket)
 	run(t, "qemu-img", "compare", "-f", "raw", "-F", "raw", "nbd+unix:///?socket="+socket, file)
 }
 
 func TestOracle_qemuIO(t *testing.T) {
-	dev, uri := oracleDevice(t, Options{})
+	dev, uri := oracleDevice(t, "")
 	out := run(t, "qemu-io", "-f", "raw",
 		"-c", "write -P 0x11 0 1M", "-c", "write -P 0x22 513 77", "-c", "read -P 0x22 513 77",
 		"-c", "write -z 128k 128k", "-c", "read -P 0 128k 128k",
@@ -209,7 +215,7 @@ func TestOracle_qemuIO(t *testing.T) {
 func TestOracle_fioVerify(t *testing.T) {
 	dev := newMemDevice(64 * mib)
 	socket := filepath.Join(t.TempDir(), "nbd")
-	s := serveUnix(t, dev, socket, Options{})
+	s := serveUnix(t, dev, socket)
 	size, loops := "16M", "2"
 	if testing.Short() {
 		size, loops = "2M", "1"

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 )
 
 // receiver is the state of receiving. It outlives the worker that receives: the next
@@ -17,6 +19,9 @@ type receiver struct {
 	current    *request // its header has arrived; nil between messages
 	skip       int      // bytes of current's payload that nobody wants
 	touched    bool     // buffers were used since they were last given back
+	// narrow: the last message was a large write, so that the next one is likely to
+	// be, too. Receive no more than its header, and the rest straight to where it goes.
+	narrow bool
 
 	// drained is when the socket was last seen empty with no message begun: what
 	// arrives was sent after that.
@@ -150,7 +155,7 @@ func (c *conn) parse() requestList {
 // whole, when there is no slot for it, or when there is no next request.
 func (c *conn) parseHeader() bool {
 	rx := &c.receiver
-	if rx.end-rx.start < requestBytes {
+	if rx.end-rx.start < c.session.requestBytes() {
 		return false
 	}
 	c.mu.Lock()
@@ -163,11 +168,16 @@ func (c *conn) parseHeader() bool {
 	c.free = c.free[:len(c.free)-1]
 	c.mu.Unlock()
 
-	header := rx.in[rx.start:rx.end]
-	rx.start += requestBytes
+	header := rx.in[rx.start : rx.start+c.session.requestBytes()]
+	rx.start += len(header)
 	rx.current = r
 	if !r.decode(header) {
-		c.endReceiving(fmt.Errorf("nbd connection: request begins with %#x: want %#x", header[:4], requestMagic))
+		c.endReceiving(fmt.Errorf("nbd connection: %w: request begins with %#x", block.ErrInvalid, header[:4]))
+		return false
+	}
+	if r.payload > hostilePayloadBytes {
+		c.endReceiving(fmt.Errorf("nbd connection: %w: %d bytes of data with command %d: want at most %d",
+			block.ErrInvalid, r.payload, r.cmd, maxPayloadBytes))
 		return false
 	}
 	if r.cmd == cmdDisc {
@@ -177,8 +187,9 @@ func (c *conn) parseHeader() bool {
 		return false
 	}
 	if r.err = r.check(); r.err != nil && r.hasPayload() {
-		rx.skip = r.n
+		rx.skip = r.payload
 	}
+	rx.narrow = r.payload >= largeBytes && r.err == nil
 	return true
 }
 
@@ -196,13 +207,17 @@ func (c *conn) parsePayload() bool {
 		rx.start += n
 		return rx.skip == 0
 	}
-	if r.buf == nil && !c.obtainPayloadBuffer(r) {
-		return false
+	into := r.query[:]
+	if r.cmd == cmdWrite {
+		if r.buf == nil && !c.obtainPayloadBuffer(r) {
+			return false
+		}
+		into = r.buf
 	}
-	n := copy(r.buf[r.filled:], rx.in[rx.start:rx.end])
+	n := copy(into[r.filled:r.payload], rx.in[rx.start:rx.end])
 	rx.start += n
 	r.filled += n
-	return r.filled == len(r.buf)
+	return r.filled == r.payload
 }
 
 func (c *conn) obtainPayloadBuffer(r *request) bool {
@@ -231,8 +246,11 @@ func (c *conn) fill() (int, error) {
 		rx.msg.Iov = &rx.iov[0]
 		rx.msg.SetIovlen(2)
 	}
-	if c.draining.Load() { // not a byte of the next message
-		room = min(room, rx.missing())
+	switch {
+	case c.draining.Load(): // not a byte of the next message
+		room = min(room, rx.missing(c.session.requestBytes()))
+	case rx.narrow:
+		room = min(room, c.session.requestBytes()-(rx.end-rx.start))
 	}
 	rx.iov[1].Base = &rx.in[rx.end%len(rx.in)]
 	rx.iov[1].SetLen(room)
@@ -266,16 +284,18 @@ func (rx *receiver) compact() {
 
 // missing is how many bytes the message that has begun lacks in the receive buffer; a
 // payload that goes elsewhere doesn't count.
-func (rx *receiver) missing() int {
-	switch {
+func (rx *receiver) missing(headerBytes int) int {
+	switch r := rx.current; {
 	case rx.skip > 0:
 		return rx.skip
-	case rx.current != nil:
+	case r != nil && r.buf != nil:
 		return 0
+	case r != nil:
+		return r.payload - r.filled
 	case rx.end == rx.start:
 		return 0
 	}
-	return requestBytes - (rx.end - rx.start)
+	return headerBytes - (rx.end - rx.start)
 }
 
 // await waits for bytes and receives them as receiver.msg says: first in the way that

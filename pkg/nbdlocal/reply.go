@@ -2,6 +2,10 @@ package nbdlocal
 
 import "encoding/binary"
 
+// maxHeadBytes is the most that is sent of a reply before its data: the header of an
+// extended chunk, and the longest beginning of its payload.
+const maxHeadBytes = extendedReplyBytes + 12
+
 // replyDone says that a request without data in its reply was carried out.
 func (r *request) replyDone() {
 	if r.conn.session.structured {
@@ -34,10 +38,33 @@ func (r *request) replyHole() {
 	r.headLen += 12
 }
 
-// replyStatus sends a block status. Structured replies only.
-func (r *request) replyStatus(payload []byte) {
-	r.chunk(replyBlockStatus, len(payload))
-	r.tail = payload
+// replyStatus sends a chunk for each context of set. Structured replies only.
+func (r *request) replyStatus(lists *[len(metaContexts)]statusList, set contextSet) {
+	kind := uint16(replyBlockStatus)
+	if r.conn.session.extended {
+		kind = replyBlockStatusExt
+	}
+	left := set
+	for i := range lists {
+		if !set.has(i) {
+			continue
+		}
+		l := &lists[i]
+		l.close()
+		flags := uint16(0)
+		if left = left.without(i); left == 0 {
+			flags = replyFlagDone
+		}
+		if r.headLen == 0 {
+			r.headLen = len(r.appendChunk(r.head[:0], flags, kind, len(l.out)))
+			r.tail = l.out
+			continue
+		}
+		// The lists lie in one buffer, in this order, with room for a header before
+		// each: what is moved moves towards the buffer's beginning.
+		r.tail = r.appendChunk(r.tail, flags, kind, len(l.out))
+		r.tail = append(r.tail, l.out...)
+	}
 }
 
 // replyError says why the request was not carried out; where the protocol has room
@@ -66,10 +93,23 @@ func (r *request) simple(errno uint32) {
 
 // chunk starts the one chunk of a structured reply.
 func (r *request) chunk(kind uint16, payloadBytes int) {
-	binary.BigEndian.PutUint32(r.head[:], structuredReplyMagic)
-	binary.BigEndian.PutUint16(r.head[4:], replyFlagDone)
-	binary.BigEndian.PutUint16(r.head[6:], kind)
-	binary.BigEndian.PutUint64(r.head[8:], r.cookie)
-	binary.BigEndian.PutUint32(r.head[16:], uint32(payloadBytes))
-	r.headLen = structuredReplyBytes
+	r.headLen = len(r.appendChunk(r.head[:0], replyFlagDone, kind, payloadBytes))
+}
+
+// appendChunk appends the header of a chunk of a structured or extended reply.
+func (r *request) appendChunk(out []byte, flags, kind uint16, payloadBytes int) []byte {
+	extended := r.conn.session.extended
+	magic := uint32(structuredReplyMagic)
+	if extended {
+		magic = extendedReplyMagic
+	}
+	out = binary.BigEndian.AppendUint32(out, magic)
+	out = binary.BigEndian.AppendUint16(out, flags)
+	out = binary.BigEndian.AppendUint16(out, kind)
+	out = binary.BigEndian.AppendUint64(out, r.cookie)
+	if !extended {
+		return binary.BigEndian.AppendUint32(out, uint32(payloadBytes))
+	}
+	out = binary.BigEndian.AppendUint64(out, uint64(r.off))
+	return binary.BigEndian.AppendUint64(out, uint64(payloadBytes))
 }

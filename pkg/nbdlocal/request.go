@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"syscall"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
@@ -23,14 +24,16 @@ type request struct {
 	cmd, flags uint16
 	cookie     uint64
 	off        int64
-	n          int
+	n          int // bytes that it is about
+	payload    int // bytes that follow the header
 	kind       int // for pace
 	err        error
 
 	// Its buffer: payload of a write, data of a read.
 	buf     []byte
-	granule int // first one in the arena, -1 if buf is the slot's own or nil
-	filled  int // bytes of a write's payload that have arrived
+	granule int                 // first one in the arena, -1 if buf is the slot's own or nil
+	filled  int                 // bytes of the payload that have arrived
+	query   [maxQueryBytes]byte // payload of a block status
 
 	// Its place among the writes.
 	ordered    bool // entered in rangeOrder and not left
@@ -38,7 +41,7 @@ type request struct {
 	rangeIndex int  // in rangeOrder.active
 
 	// Its reply.
-	head    [structuredReplyBytes + 12]byte
+	head    [maxHeadBytes]byte
 	headLen int
 	tail    []byte // sent after head
 }
@@ -102,22 +105,44 @@ func (l *requestList) pushAll(m *requestList) {
 
 // decode reads a request's header. It reports false when the magic number is wrong.
 func (r *request) decode(header []byte) bool {
-	_ = header[requestBytes-1]
-	if binary.BigEndian.Uint32(header) != requestMagic {
-		return false
-	}
 	r.flags = binary.BigEndian.Uint16(header[4:])
 	r.cmd = binary.BigEndian.Uint16(header[6:])
 	r.cookie = binary.BigEndian.Uint64(header[8:])
 	r.off = int64(binary.BigEndian.Uint64(header[16:])) // beyond 2^63 becomes negative, which check refuses
-	r.n = int(binary.BigEndian.Uint32(header[24:]))
+	magic := uint32(requestMagic)
+	if r.conn.session.extended {
+		magic = extendedRequestMagic
+		r.decodeLength(clampLength(binary.BigEndian.Uint64(header[24:])))
+	} else {
+		r.n = int(binary.BigEndian.Uint32(header[24:]))
+		r.payload = 0
+		if r.cmd == cmdWrite {
+			r.payload = r.n
+		}
+	}
 	r.kind = kindOf(r.cmd, r.flags, r.n)
 	r.err = nil
 	r.buf, r.granule, r.filled = nil, -1, 0
 	r.ordered = false
 	r.headLen, r.tail = 0, nil
-	return true
+	return binary.BigEndian.Uint32(header) == magic
 }
+
+// decodeLength decides what the length in an extended header is: of the payload, of the
+// range, or of both.
+func (r *request) decodeLength(length int) {
+	r.n, r.payload = length, 0
+	if r.flags&cmdFlagPayloadLen == 0 {
+		return
+	}
+	r.payload = length
+	if r.cmd == cmdBlockStatus {
+		r.n = 0 // the payload tells
+	}
+}
+
+// clampLength turns a length into one that is as far outside any device.
+func clampLength(n uint64) int { return int(min(n, math.MaxInt64)) }
 
 // commandRules says what each command may carry and what is wrong with a range
 // outside the device.
@@ -126,15 +151,17 @@ var commandRules = [...]struct {
 	flags     uint16
 	modifies  bool
 	data      bool // its length is a length of data
+	payload   bool // it may have one
 	pastEnd   error
 	needRange bool
 }{
 	cmdRead:        {known: true, flags: cmdFlagDF, data: true, needRange: true, pastEnd: block.ErrOutOfRange},
-	cmdWrite:       {known: true, modifies: true, data: true, needRange: true, pastEnd: block.ErrNoSpace},
+	cmdWrite:       {known: true, modifies: true, data: true, payload: true, needRange: true, pastEnd: block.ErrNoSpace},
 	cmdFlush:       {known: true},
 	cmdTrim:        {known: true, modifies: true, needRange: true, pastEnd: block.ErrOutOfRange},
+	cmdCache:       {known: true, needRange: true, pastEnd: block.ErrOutOfRange},
 	cmdWriteZeroes: {known: true, flags: cmdFlagNoHole | cmdFlagFastZero, modifies: true, needRange: true, pastEnd: block.ErrNoSpace},
-	cmdBlockStatus: {known: true, flags: cmdFlagReqOne, needRange: true, pastEnd: block.ErrOutOfRange},
+	cmdBlockStatus: {known: true, flags: cmdFlagReqOne, payload: true, needRange: true, pastEnd: block.ErrOutOfRange},
 }
 
 // check returns nil for a request that the device can be asked to carry out.
@@ -147,6 +174,9 @@ func (r *request) check() error {
 	if !r.conn.session.structured {
 		allowed &^= cmdFlagDF
 	}
+	if r.conn.session.extended && rule.payload {
+		allowed |= cmdFlagPayloadLen
+	}
 	switch {
 	case r.flags&^allowed != 0:
 		return fmt.Errorf("flags %#x of command %d: %w: want none beyond %#x", r.flags, r.cmd, block.ErrInvalid, allowed)
@@ -154,12 +184,14 @@ func (r *request) check() error {
 		return fmt.Errorf("command %d: %w", r.cmd, block.ErrReadOnly)
 	case rule.data && r.n > maxPayloadBytes:
 		return fmt.Errorf("%d bytes of data: %w: want at most %d", r.n, block.ErrInvalid, maxPayloadBytes)
+	case r.cmd == cmdWrite && r.payload != r.n:
+		return fmt.Errorf("write of %d bytes without them: %w", r.n, block.ErrInvalid)
 	case !rule.needRange && (r.off != 0 || r.n != 0):
 		return fmt.Errorf("offset %d and length %d of command %d: %w: want zeroes", r.off, r.n, r.cmd, block.ErrInvalid)
-	case r.cmd == cmdBlockStatus && !r.conn.session.allocation:
-		return fmt.Errorf("block status: %w: no metadata context was negotiated", block.ErrInvalid)
-	case r.cmd == cmdBlockStatus && r.n == 0:
-		return fmt.Errorf("block status of no bytes: %w", block.ErrInvalid)
+	case r.cmd == cmdBlockStatus:
+		if err := r.checkStatus(); err != nil {
+			return err
+		}
 	}
 	if err := r.conn.server.checkRange(r.off, int64(r.n)); rule.needRange && err != nil {
 		return fmt.Errorf("%w: %w", rule.pastEnd, err)
@@ -167,8 +199,22 @@ func (r *request) check() error {
 	return nil
 }
 
+// checkStatus checks what block status has and others don't.
+func (r *request) checkStatus() error {
+	switch {
+	case r.conn.session.contexts == 0:
+		return fmt.Errorf("block status: %w: no metadata context was negotiated", block.ErrInvalid)
+	case r.payload > 0 && (r.payload < 8+4 || r.payload > maxQueryBytes || r.payload%4 != 0):
+		return fmt.Errorf("payload of %d bytes of a block status: %w: want 8 and 4 for each of at most %d contexts",
+			r.payload, block.ErrInvalid, len(metaContexts))
+	case r.payload == 0 && r.n == 0:
+		return errNoStatus
+	}
+	return nil
+}
+
 // hasPayload reports whether data follows the header.
-func (r *request) hasPayload() bool { return r.cmd == cmdWrite && r.n > 0 }
+func (r *request) hasPayload() bool { return r.payload > 0 }
 
 // bufferBytes is the size of the buffer that the request needs in order to be carried
 // out.
@@ -180,6 +226,8 @@ func (r *request) bufferBytes() int {
 		return r.n
 	case r.cmd == cmdBlockStatus:
 		return smallBytes
+	case r.cmd == cmdCache:
+		return min(r.n, cachePieceBytes)
 	}
 	return 0
 }
@@ -222,6 +270,8 @@ func (r *request) do(dev block.Device) error {
 		}
 	case cmdBlockStatus:
 		return r.blockStatus(dev)
+	case cmdCache:
+		return r.cache(dev)
 	case cmdFlush:
 		return dev.Flush()
 	}
@@ -267,56 +317,24 @@ func (r *request) isHole(dev block.Device) bool {
 	return err == nil && e.State != block.Data && e.Off <= r.off && e.Off+e.Len >= r.off+int64(r.n)
 }
 
-// blockStatus describes the range as far as the slot's buffer goes.
-func (r *request) blockStatus(dev block.Device) error {
-	const descriptorBytes = 8
-	most := (len(r.buf) - 4) / descriptorBytes
-	if r.flags&cmdFlagReqOne != 0 {
-		most = 1
-	}
-	out := binary.BigEndian.AppendUint32(r.buf[:0], contextAllocationID)
-	off, end := r.off, r.off+int64(r.n)
-	var length, state uint32 // of the descriptor in the making
-	for count := 0; off < end; {
-		e, err := dev.Map(off, end-off)
-		if err != nil {
+const (
+	cachePieceBytes = 256 << 10
+	// cacheBytes is how much of a range is read ahead: the client asks, but does not
+	// say what else the memory and the store are needed for.
+	cacheBytes = 32 << 20
+)
+
+// cache reads the beginning of the range and forgets it: what is below the device keeps
+// what it can.
+func (r *request) cache(dev block.Device) error {
+	for off, end := r.off, r.off+int64(min(r.n, cacheBytes)); off < end; {
+		piece := r.buf[:min(int64(len(r.buf)), end-off)]
+		if _, err := dev.ReadAt(piece, off); err != nil {
 			return err
 		}
-		n := min(e.Off+e.Len, end) - off
-		if e.Off > off || n <= 0 {
-			return fmt.Errorf("map at %d: %w: extent [%d, +%d) doesn't hold it", off, block.ErrCorrupt, e.Off, e.Len)
-		}
-		if s := stateFlags(e.State); length > 0 && s != state {
-			out = appendDescriptor(out, length, state)
-			if count++; count == most {
-				length = 0
-				break
-			}
-			length, state = uint32(n), s
-		} else {
-			length, state = length+uint32(n), s // at most r.n, which is a uint32
-		}
-		off += n
+		off += int64(len(piece))
 	}
-	if length > 0 {
-		out = appendDescriptor(out, length, state)
-	}
-	r.replyStatus(out)
 	return nil
-}
-
-func appendDescriptor(out []byte, length, state uint32) []byte {
-	out = binary.BigEndian.AppendUint32(out, length)
-	return binary.BigEndian.AppendUint32(out, state)
-}
-
-// stateFlags says what base:allocation calls a state. A cluster that is explicitly
-// zero may or may not have space of its own: hole is the answer that promises less.
-func stateFlags(s block.State) uint32 {
-	if s == block.Data {
-		return 0
-	}
-	return stateHole | stateZero
 }
 
 // wireErrno returns the number that err has on the wire, which knows fewer than
