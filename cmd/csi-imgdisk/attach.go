@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -167,42 +166,4 @@ func newDeviceInfo(att supervisor.Attachment) deviceInfo {
 		info.Volume = att.ID
 	}
 	return info
-}
-
-func newDevicesCommand() *cobra.Command {
-	var run runDir
-	cmd := &cobra.Command{
-		Use:   "devices",
-		Short: "List the block devices made from images and volumes",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			list, err := runningSupervisor(run).List(cmd.Context())
-			if err != nil && !errors.Is(err, supervisor.ErrNotRunning) {
-				return err
-			}
-			devices := []deviceInfo{}
-			for _, att := range list {
-				devices = append(devices, newDeviceInfo(att))
-			}
-			return emit(cmd, devices, func(p *printer) { printDevices(p, devices) })
-		},
-	}
-	addRunDirFlag(cmd, &run)
-	return cmd
-}
-
-func printDevices(p *printer, devices []deviceInfo) {
-	if len(devices) == 0 {
-		p.line("no devices")
-		return
-	}
-	var rows [][]string
-	for _, d := range devices {
-		state := d.Phase
-		if d.Problem != "" {
-			state += ": " + d.Problem
-		}
-		rows = append(rows, []string{d.Device, humanSize(d.SizeBytes), d.Transport, strconv.Itoa(d.PID), d.Image + d.Volume, state})
-	}
-	p.table([]string{"DEVICE", "SIZE", "TRANSPORT", "PID", "IMAGE OR VOLUME", "STATE"}, rows)
 }

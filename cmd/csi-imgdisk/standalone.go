@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"strings"
 	"sync"
@@ -34,6 +35,7 @@ type standaloneOptions struct {
 	stores   []string
 	run      runDir
 	nodeID   string
+	metrics  string // address
 }
 
 func newStandaloneCommand() *cobra.Command {
@@ -61,6 +63,7 @@ supervisor does, too, if nothing is attached.`,
 	flags.StringArrayVar(&opts.stores, "store", nil, "NAME=PATH of a store; may be given several times")
 	flags.StringVar(&opts.nodeID, "node-id", host, "what this machine is called")
 	addRunDirFlag(cmd, &opts.run)
+	addMetricsFlag(cmd, &opts.metrics)
 	for _, name := range []string{"endpoint", "store"} {
 		if err := cmd.MarkFlagRequired(name); err != nil {
 			panic(err)
@@ -92,6 +95,7 @@ func standalone(cmd *cobra.Command, opts standaloneOptions) error {
 	if err != nil {
 		return err
 	}
+	serveMetrics(ctx, client, opts.metrics, slog.Default())
 	err = runWithSupervisor(ctx, d, stores, opts)
 	if errors.Is(err, block.ErrBusy) {
 		return err // the endpoint is another driver's, and the supervisor perhaps, too
