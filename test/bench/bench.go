@@ -18,9 +18,10 @@ import (
 // bench is a run.
 type bench struct {
 	config
-	dir     string // everything but runDir; removed in the end
+	dir     string // everything else; removed in the end
+	memory  string // images that are read and overwritten; dir, if there is no room in memory
 	runDir  string // our servers' state: on tmpfs, where it is in production, if there is one
-	results results
+	results *results
 }
 
 func newBench(c config) (*bench, error) {
@@ -34,13 +35,16 @@ func newBench(c config) (*bench, error) {
 	if c.binary, err = filepath.Abs(c.binary); err != nil {
 		return nil, err
 	}
-	b := &bench{config: c}
+	b := &bench{config: c, results: new(results)}
 	if b.dir, err = os.MkdirTemp(c.dir, "csi-imgdisk-bench-"); err != nil {
 		return nil, err
 	}
 	if b.runDir, err = os.MkdirTemp("/dev/shm", "csi-imgdisk-bench-"); err != nil {
 		b.runDir = filepath.Join(b.dir, "run")
 		err = os.Mkdir(b.runDir, 0o700)
+	}
+	if err == nil {
+		err = b.makeMemory()
 	}
 	if err != nil {
 		b.close()
@@ -50,8 +54,33 @@ func newBench(c config) (*bench, error) {
 	return b, nil
 }
 
+// makeMemory makes a directory for what is to be measured without a disk.
+func (b *bench) makeMemory() (err error) {
+	b.memory = b.dir
+	const copies = 3 // a full image, the layers over it, and something to spare
+	var room unix.Statfs_t
+	switch {
+	case b.config.memory == "":
+		return nil
+	case unix.Statfs(b.config.memory, &room) != nil || int64(room.Bavail)*room.Bsize < copies*b.fullBytes():
+		b.progress("no room for %d images of %d MiB in %s: reading and overwriting is measured on the disk, too", copies, b.sizeMiB, b.config.memory)
+		return nil
+	}
+	b.memory, err = os.MkdirTemp(b.config.memory, "csi-imgdisk-bench-")
+	return err
+}
+
+// at returns b with its images where those of a kind belong.
+func (b *bench) at(kind imageKind) *bench {
+	there := *b
+	if kind != emptyImage {
+		there.dir = b.memory
+	}
+	return &there
+}
+
 func (b *bench) close() {
-	for _, dir := range []string{b.dir, b.runDir} {
+	for _, dir := range []string{b.dir, b.memory, b.runDir} {
 		if err := os.RemoveAll(dir); err != nil {
 			fmt.Fprintln(os.Stderr, "bench: clean up:", err)
 		}
@@ -82,16 +111,21 @@ func (b *bench) run(ctx context.Context) error {
 
 // measureFormat does all works in one format.
 func (b *bench) measureFormat(ctx context.Context, format string) error {
-	var images imageSet
-	defer func() { images.remove() }()
+	var images, empty imageSet
+	defer func() { images.remove(); empty.remove() }()
 	for _, w := range works() {
 		if !w.isFor(format) || !b.only.MatchString(w.name) {
 			continue
 		}
-		image, err := images.get(ctx, b, format, &w)
+		set := &images
+		if w.kind == emptyImage {
+			set = &empty
+		}
+		there := b.at(w.kind)
+		image, err := set.get(ctx, there, format, &w)
 		if err == nil {
 			err = b.takeTurns(ctx, w.name, format, w.contenders(format), func(name string) ([]figure, error) {
-				value, err := b.measure(ctx, name, format, image, &w)
+				value, err := there.measure(ctx, name, format, image, &w)
 				return []figure{{w.name, w.unit(), value}}, err
 			})
 		}

@@ -109,7 +109,7 @@ func TestCompare_WithWhat(t *testing.T) {
 }
 
 func TestTakeTurns(t *testing.T) {
-	b := &bench{config: config{rounds: 3, binary: "/bin/sh"}, dir: t.TempDir()}
+	b := &bench{config: config{rounds: 3, binary: "/bin/sh"}, dir: t.TempDir(), results: new(results)}
 	var order []string
 	measure := func(name string) ([]figure, error) {
 		order = append(order, name)

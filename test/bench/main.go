@@ -35,6 +35,7 @@ type config struct {
 	formats []string // in qemu-img's words
 	only    *regexp.Regexp
 	dir     string // for images
+	memory  string // for images that are read and overwritten
 	out     string // for the report; "" for none
 	binary  string // csi-imgdisk
 }
@@ -50,6 +51,7 @@ func main() {
 	formats := flag.String("formats", allFormats, "formats to measure, separated by commas")
 	only := flag.String("only", ".", "only the works whose names match this expression")
 	flag.StringVar(&c.dir, "dir", os.TempDir(), "directory for images: the file system that is measured on")
+	flag.StringVar(&c.memory, "memory", "/dev/shm", "directory for images that are read and overwritten, so that servers are measured and no disk; \"\" for that of -dir")
 	flag.StringVar(&c.out, "out", "docs/benchmarks", "directory for results.json and results.svg; \"\" for none")
 	flag.StringVar(&c.binary, "binary", "bin/csi-imgdisk", "our program")
 	flag.Parse()

@@ -69,7 +69,7 @@ func (r *results) layOut() plot {
 		Width: plotWidth, Top: topHeight, BarHeight: barHeight, BarsLeft: barsLeft, One: scale.x(1),
 		Title: "csi-imgdisk beside qemu-nbd, nbdkit and qemu-img",
 		Subtitle: escape(fmt.Sprintf("%s, %d CPUs, Linux %s, %s, %.10s; medians of %d rounds of %v s",
-			r.Machine.Model, r.Machine.CPUs, r.Machine.Kernel, r.Machine.FileSystem, r.Date, r.Rounds, r.Seconds)),
+			r.Machine.Model, r.Machine.CPUs, r.Machine.Kernel, r.Machine.fileSystems(), r.Date, r.Rounds, r.Seconds)),
 	}
 	y, work := topHeight, ""
 	for _, c := range r.Comparisons {

@@ -11,7 +11,7 @@ import (
 // print prints the comparisons as a table for people, and what is missing from it.
 func (r *results) print(w io.Writer) {
 	fmt.Fprintf(w, "%s, %d CPUs, Linux %s, %s; median of %d rounds of %v s\n",
-		r.Machine.Model, r.Machine.CPUs, r.Machine.Kernel, r.Machine.FileSystem, r.Rounds, r.Seconds)
+		r.Machine.Model, r.Machine.CPUs, r.Machine.Kernel, r.Machine.fileSystems(), r.Rounds, r.Seconds)
 	work := ""
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	for _, c := range r.Comparisons {

@@ -33,6 +33,7 @@ type machine struct {
 	Model      string  `json:"model"`
 	Kernel     string  `json:"kernel"`
 	FileSystem string  `json:"fileSystem"`
+	Memory     string  `json:"memoryFileSystem"` // of images that are read and overwritten
 	Load       float64 `json:"loadBefore"` // 1-minute average: others' work spoils figures
 }
 
@@ -52,10 +53,19 @@ type skipped struct {
 	Failed bool   `json:"failed,omitempty"` // it should have been
 }
 
+// fileSystems names where the images are.
+func (m *machine) fileSystems() string {
+	if m.Memory == "" || m.Memory == m.FileSystem {
+		return m.FileSystem
+	}
+	return m.FileSystem + " (read and overwrite: " + m.Memory + ")"
+}
+
 func (r *results) describe(b *bench) {
 	r.Date = time.Now().UTC().Format(time.RFC3339)
 	r.Seconds, r.Rounds, r.SizeMiB = b.seconds, b.rounds, b.sizeMiB
 	r.Machine = describeMachine(b.dir)
+	r.Machine.Memory = fileSystem(b.memory)
 	r.Versions = map[string]string{}
 	for name, command := range map[string][]string{
 		ours: {b.binary, "version"}, qemuNBD: {"qemu-nbd", "--version"}, nbdkit: {"nbdkit", "--version"}, "fio": {"fio", "--version"},
