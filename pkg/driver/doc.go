@@ -28,7 +28,7 @@
 //	subformat      of the format, such as monolithicFlat
 //	clusterSize    of the format: a power of two such as 65536, 64K, 64Ki or 1M
 //	preallocation  off (default), or what else the format has; ignored for what is restored or cloned
-//	transport      nbd or fuse; default: the first that works on the node
+//	transport      nbd, ublk or fuse; default: the best that works on the node
 //	image          file under the store's images/ to make the volume from
 //	imageMode      overlay (default: the volume stands on the image) or copy
 //

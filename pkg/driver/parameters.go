@@ -33,7 +33,7 @@ var parameterNames = []string{
 const sidecarPrefix = "csi.storage.k8s.io/"
 
 // transports are how a kernel can reach a volume's server.
-var transports = []string{"nbd", "fuse"}
+var transports = []string{"nbd", "ublk", "fuse"}
 
 var imageModes = []string{ImageOverlay, ImageCopy}
 

@@ -70,7 +70,7 @@ func TestParseParameters_Refused(t *testing.T) {
 		"odd cluster size":   {map[string]string{"clusterSize": "65K"}, []string{"clusterSize", "65K", "power of two"}},
 		"huge cluster size":  {map[string]string{"clusterSize": "4M"}, []string{"clusterSize", "4M", "2Mi"}},
 		"clusters of raw":    {map[string]string{"format": "raw", "clusterSize": "64K"}, []string{"clusterSize", "raw", "no clusters"}},
-		"transport":          {map[string]string{"transport": "iscsi"}, []string{"transport", "iscsi", "nbd, fuse"}},
+		"transport":          {map[string]string{"transport": "iscsi"}, []string{"transport", "iscsi", "nbd, ublk, fuse"}},
 		"image mode":         {map[string]string{"image": "a", "imageMode": "link"}, []string{"imageMode", "link", "overlay, copy"}},
 		"mode without image": {map[string]string{"imageMode": "copy"}, []string{"imageMode", "copy", "image"}},
 		"escaping image":     {map[string]string{"image": "../volumes/v/v.vmdk"}, []string{"image", "../volumes"}},

@@ -4,8 +4,10 @@
 //
 //   - nbd: the kernel's nbd driver, configured by generic netlink; requests arrive in
 //     NBD's transmission phase on socket pairs.
+//   - ublk: the kernel's ublk driver, configured and served by io_uring; each queue of a
+//     device has a thread of the server's. Errors arrive as what they are.
 //   - fuse: a FUSE file system of one file, with a loop device in direct-I/O mode on
-//     top, for kernels without nbd.
+//     top, for kernels without either.
 //
 // A transport's descriptors outlive the process that serves them: when it dies,
 // Recover hands new or kept descriptors to its successor, and the kernel resends what
@@ -16,13 +18,18 @@
 //   - attach.go: [Transport], what callers see
 //   - nbd.go: the nbd transport, and why it has the timeouts it has; nbdnetlink.go:
 //     the kernel's interface; socketpair.go: connections
+//   - ublk.go: the ublk transport; ublkprobe.go: which kernels are fit for it; ublkctl.go:
+//     control commands and their limits; ublkproto.go: the kernel's interface; package
+//     uring: io_uring
+//   - ublkserve.go: [ServeUBLK], the server's side; ublkqueue.go: its threads and their
+//     rings
 //   - fuse.go: the fuse transport, and what keeps its devices alive; fusemount.go: a
 //     file system mounted nowhere; loop.go: the device on it
 //   - fuseserve.go: [ServeFUSE], the server's side; fusethread.go: its threads and
 //     their memory; fuseproto.go: the wire format
 //   - device.go, holders.go: block devices in general, and who uses one
 //
-// Package attachtest is the suite both transports pass; test/vm runs it on kernels
+// Package attachtest is the suite that all transports pass; test/vm runs it on kernels
 // that this machine doesn't have.
 package attach
 
@@ -49,7 +56,7 @@ type State struct {
 	Spec
 	Transport string `json:"transport"`       // Transport.Name
 	Device    string `json:"device"`          // "/dev/nbd1024", "/dev/loop8"; "" while attaching
-	Index     int    `json:"index,omitempty"` // nbd: the device's index; fuse: the loop device's
+	Index     int    `json:"index,omitempty"` // nbd, ublk: the device's index; fuse: the loop device's
 	Conns     int    `json:"conns,omitempty"` // nbd: connections, fixed for the device's life
 	// Connection is fuse's number for the one-file file system, which has no mount
 	// point: it is what Abort aborts.
@@ -61,16 +68,34 @@ type Hooks struct {
 	// Serve hands the server's ends of the transport to the process that serves
 	// the device and returns once it is serving them. The files stay the
 	// transport's. Protocol is "nbd" (transmission phase, one stream socket per
-	// connection) or "fuse" (one /dev/fuse descriptor; see ServeFUSE).
+	// connection), "ublk" (one descriptor of /dev/ublkcN; see ServeUBLK) or "fuse" (one
+	// /dev/fuse descriptor; see ServeFUSE).
 	Serve func(ctx context.Context, protocol string, files []*os.File) error
 	// Persist makes the state durable for this boot.
 	Persist func(State) error
 }
 
+// HandsOver is a Transport whose descriptors can go on with another server after the one
+// that served them has ended in order: it has answered every request it took, and left
+// the descriptors where a request begins. For others, Recover does.
+type HandsOver interface {
+	// HandOver is Recover with those descriptors, all of the device's. They stay the
+	// caller's, who closes them afterwards.
+	HandOver(ctx context.Context, st State, files []*os.File, hooks Hooks) error
+}
+
+// Reluctant is a Transport that works on nodes where another is better.
+type Reluctant interface {
+	// Reluctance returns nil where the transport may be chosen by itself, else one
+	// sentence that says why it is used only where it is asked for by name. Probe has
+	// returned nil before.
+	Reluctance(ctx context.Context) error
+}
+
 // Transport makes devices of one kind. Methods are safe for concurrent use for
 // different IDs. They return block's sentinels; waiting stops when ctx ends.
 type Transport interface {
-	// Name is "nbd" or "fuse".
+	// Name is "nbd", "ublk" or "fuse".
 	Name() string
 	// Probe returns nil when the transport works on this node, else one sentence
 	// that says what is missing and how to get it. It may load a kernel module.

@@ -43,6 +43,9 @@ const (
 	ublkRecoveryLimit = 30 * time.Second
 
 	ublkNodeLimit = 10 * time.Second
+
+	// ublkMaxTries bounds the search for a free number.
+	ublkMaxTries = 256
 )
 
 // ublkTransport makes devices of the kernel's ublk driver.
@@ -68,6 +71,8 @@ func (*ublkTransport) Name() string { return "ublk" }
 
 func ublkName(index int) string     { return fmt.Sprintf("ublkb%d", index) }
 func ublkCharPath(index int) string { return fmt.Sprintf("/dev/ublkc%d", index) }
+
+func ublkCharSysfs(index int) string { return fmt.Sprintf("/sys/class/ublk-char/ublkc%d", index) }
 
 // ublkHash is what the driver keeps of an ID. It is never 0, which is another program's.
 func ublkHash(id string) uint64 {
@@ -141,7 +146,7 @@ func (t *ublkTransport) add(ctx context.Context, st *State, features uint64, hoo
 	defer t.choosing.Unlock()
 	tried := 0
 	for index := ublkFirstIndex; index < ublkEndIndex; index++ {
-		if exists(fmt.Sprintf("/sys/class/ublk-char/ublkc%d", index)) {
+		if exists(ublkCharSysfs(index)) {
 			continue
 		}
 		// Before the device exists: who finds this state after a crash recognises the
@@ -163,7 +168,8 @@ func (t *ublkTransport) add(ctx context.Context, st *State, features uint64, hoo
 		case !errors.Is(err, unix.EEXIST):
 			return err
 		}
-		if tried++; tried == 16 { // others were faster, or their devices are not quite gone
+		// Another process was faster, or a device that is gone still has its server.
+		if tried++; tried == ublkMaxTries {
 			return err
 		}
 	}
@@ -445,17 +451,14 @@ func ublkGoneIsDone(err error) error {
 	return err
 }
 
-// awaitGone waits until the kernel has let go of the device.
-func (t *ublkTransport) awaitGone(ctx context.Context, st State) error {
+// awaitGone waits until the kernel shows nothing of the device. Its number may stay taken
+// for longer: until its server has closed it.
+func (*ublkTransport) awaitGone(ctx context.Context, st State) error {
 	err := poll(ctx, time.Minute, func() (bool, error) {
-		_, err := t.find(ctx, st)
-		if errors.Is(err, block.ErrNotFound) {
-			return true, nil
-		}
-		return false, err
+		return !exists(ublkCharSysfs(st.Index)) && !exists("/sys/block/"+ublkName(st.Index)), nil
 	})
 	if errors.Is(err, errPollTimeout) {
-		return fmt.Errorf("%s is stopped, and its server has not let go of it after a minute: %w", st.Device, block.ErrBusy)
+		return fmt.Errorf("stopped, but not gone: %w", busyError(ublkName(st.Index)))
 	}
 	return err
 }

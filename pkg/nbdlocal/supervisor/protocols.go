@@ -2,6 +2,7 @@ package supervisor
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"sync"
 
@@ -15,7 +16,41 @@ import (
 func KernelProtocols() map[string]Protocol {
 	return map[string]Protocol{
 		"nbd":  serveNBD,
+		"ublk": ublkProtocol(nil),
 		"fuse": serveFUSE,
+	}
+}
+
+// transportVariable tells a server in its environment which transport it will serve.
+const transportVariable = "IMGDISK_TRANSPORT"
+
+// transportEnviron is what a server's environment says of the transport.
+func transportEnviron(transport string) []string {
+	return []string{transportVariable + "=" + transport}
+}
+
+// ConfinedProtocols are KernelProtocols for a server that is going to confine itself: what
+// its transport needs and a confined process can't get is got now. For ublk these are
+// io_uring instances: rings says that confine.Rules.Rings must leave them to the process.
+func ConfinedProtocols() (protocols map[string]Protocol, rings bool, err error) {
+	protocols = KernelProtocols()
+	if os.Getenv(transportVariable) != "ublk" {
+		return protocols, false, nil
+	}
+	threads, err := attach.PrepareUBLK()
+	if err != nil {
+		return nil, false, fmt.Errorf("supervisor: %w", err)
+	}
+	protocols["ublk"] = ublkProtocol(threads)
+	return protocols, true, nil
+}
+
+// ublkProtocol serves with threads that were made in advance, or with nil with others.
+func ublkProtocol(threads *attach.UBLKThreads) Protocol {
+	return func(dev block.Device) ServeFunc {
+		return func(ctx context.Context, file *os.File) error {
+			return attach.ServeUBLK(ctx, file, dev, attach.UBLKOptions{Threads: threads})
+		}
 	}
 }
 

@@ -60,6 +60,12 @@ func Run(t *testing.T, cfg Config) {
 		{"SlowServer", testSlowServer},
 		{"Abort", testAbort},
 		{"AbortOpened", testAbortOpened},
+		{"LargeBlocks", testLargeBlocks},
+		{"ZeroesInPlace", testZeroesInPlace},
+		{"KillServerFullQueue", testKillServerFullQueue},
+		{"HandOver", testHandOver},
+		{"KillSuccessor", testKillSuccessor},
+		{"Forgotten", testForgotten},
 	} {
 		if len(cfg.Only) == 0 || slices.Contains(cfg.Only, c.name) {
 			t.Run(c.name, func(t *testing.T) { c.test(t, cfg) })
