@@ -133,14 +133,14 @@ func FuzzExtendedRequests(f *testing.F) {
 func checkExtendedReplies(t *testing.T, sent, got []byte) {
 	offsets := map[uint64]uint64{} // by cookie
 	for len(sent) >= extendedRequestBytes && binary.BigEndian.Uint32(sent) == extendedRequestMagic {
-		flags, n := binary.BigEndian.Uint16(sent[4:]), binary.BigEndian.Uint64(sent[24:])
+		flags, cmd, n := binary.BigEndian.Uint16(sent[4:]), binary.BigEndian.Uint16(sent[6:]), binary.BigEndian.Uint64(sent[24:])
 		cookie := binary.BigEndian.Uint64(sent[8:])
 		if _, again := offsets[cookie]; again {
 			return // whose reply is whose cannot be told
 		}
 		offsets[cookie] = binary.BigEndian.Uint64(sent[16:])
 		sent = sent[extendedRequestBytes:]
-		if flags&cmdFlagPayloadLen != 0 {
+		if cmd == cmdWrite || flags&cmdFlagPayloadLen != 0 {
 			sent = sent[min(n, uint64(len(sent))):]
 		}
 	}

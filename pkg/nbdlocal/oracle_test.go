@@ -114,6 +114,27 @@ func TestOracle_nbdinfo(t *testing.T) {
 	}
 }
 
+// TestOracle_nbdinfoDepth: clients learn which layer a piece comes from; recent ones ask
+// with extended headers.
+func TestOracle_nbdinfoDepth(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "nbd")
+	server := NewServer(layeredDevice{newMemDevice(8*memPage + 100)}, Options{})
+	serveExports(t, exportsOf(t, "", server, failOnClientError(t)), socket)
+	out := run(t, "nbdinfo", "--map=qemu:allocation-depth", "--json", "nbd+unix:///?socket="+socket)
+	var extents []struct{ Offset, Length, Type int64 }
+	if err := json.Unmarshal([]byte(out), &extents); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if len(extents) != 9 {
+		t.Fatalf("%d extents, want 9\n%s", len(extents), out)
+	}
+	for i, x := range extents {
+		if want := min(memPage, 8*memPage+100-x.Offset); x.Offset != int64(i)*memPage || x.Length != want || x.Type != int64(i%4) {
+			t.Errorf("extent %d: %+v", i, x)
+		}
+	}
+}
+
 func TestOracle_nbdcopy(t *testing.T) {
 	dev, uri := oracleDevice(t, "")
 	file := filepath.Join(t.TempDir(), "copy")
