@@ -27,6 +27,13 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(dirVariable); dir != "" {
 		os.Exit(confined(dir))
 	}
+	if os.Getenv(ringsVariable) != "" {
+		if err := confinedWithRing(); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	os.Exit(m.Run())
 }
 

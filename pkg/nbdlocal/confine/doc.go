@@ -5,7 +5,8 @@
 //   - of the file system, the directories and files it was given (Landlock);
 //   - system calls that read, write and wait, on descriptors that are open or that the
 //     first point allows it to open: no sockets, programs, mounts, other processes'
-//     memory, code made at run time (seccomp);
+//     memory, code made at run time (seccomp). Rings of io_uring get past that, so there
+//     are none but those that were made before, each limited to what it is for;
 //   - no capabilities but those that let it reach its own files whoever owns them, and no
 //     way to get others (no_new_privs).
 //
