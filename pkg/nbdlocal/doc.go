@@ -1,22 +1,26 @@
 // Package nbdlocal is the local block server: it serves any [block.Device] in the NBD
-// protocol, to foreign clients (fixed newstyle negotiation on a socket) and to the
-// kernel (bare transmission phase on a socket pair).
+// protocol, to foreign clients (fixed newstyle negotiation on a socket, by TLS if that
+// is wanted) and to the kernel (bare transmission phase on a socket pair).
 //
 // It knows nothing of image formats. Ranges are checked here, once, at the edge.
 //
 // # Files, in the order in which to read them
 //
 //   - protocol.go: the protocol's numbers
-//   - server.go: [Server], what callers see
-//   - handshake.go: how a foreign client gets to the transmission phase
+//   - server.go: [Server], a device and its connections
+//   - exports.go: [Exports], servers that foreign clients choose from by name
+//   - handshake.go, contexts.go: how a foreign client gets to the transmission phase
 //   - conn.go: one connection and its workers, the heart of it
 //   - receive.go: from bytes to requests; reply.go, send.go: from requests to bytes
 //   - request.go: one request: is it acceptable, and carrying it out
+//   - status.go: block status
 //   - ranges.go: the order of overlapping writes
 //   - pace.go: whether a device answers at once or keeps a thread waiting
 //   - watch.go: what happens when it suddenly doesn't answer
 //   - arena.go: buffers outside the garbage collector's reach
 //   - socket.go, futex.go: system calls
+//   - tls.go, certificates.go: a tunnel from TLS to a bare socket
+//   - limit.go: logging what hostile clients cause, at a bounded rate
 //   - stats.go: counters
 //
 // # How a connection works
@@ -46,6 +50,23 @@
 //
 // A flush on one connection covers the writes acknowledged on all: they share one
 // device.
+//
+// # What is spoken
+//
+// The NBD protocol as of 2025: fixed newstyle with LIST, INFO, GO and EXPORT_NAME; simple
+// and structured replies, and extended headers; block status in base:allocation and
+// qemu:allocation-depth, with extended headers also for a choice of them; flush, FUA,
+// trim, cache, write zeroes with NO_HOLE and FAST_ZERO; multi-conn. Not its experimental
+// resizing, dirty bitmaps, and the oldstyle handshake.
+//
+// # Hostile clients
+//
+// Everything a client announces is bounded before memory is spent on it: options, names,
+// queries, payloads. A connection's buffers are a fixed arena, its requests a fixed
+// number of slots. A request that makes no sense is answered with an error as long as it
+// is clear where the next one begins, and ends the connection otherwise. So does a
+// payload of more than twice what may be written at once. Clients in the handshake have
+// a deadline and a number of their own, so that they keep nobody out.
 //
 // [block.Device]: the contract of package block
 package nbdlocal
