@@ -12,9 +12,10 @@ VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unk
 LDFLAGS  := -s -w -X main.version=$(VERSION)
 PACKAGES ?= ./...
 RUN      ?= .
+MINUTES  ?= 10
 LINTER   := .cache/bin/golangci-lint
 
-.PHONY: help build demo test lint race fuzz conformance bench vm-test oracle-virtualbox generate verify clean go deps
+.PHONY: help build demo test lint race fuzz conformance bench vm-test soak oracle-virtualbox generate verify clean go deps
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,8 +48,12 @@ bench: deps ## measure speed beside qemu-nbd, nbdkit and qemu-img, in one run (B
 	@$(MAKE) --no-print-directory build
 	go run ./test/bench $(BENCH)
 
-vm-test: go ## test the kernel transports in virtual machines with Debian's kernels
+vm-test: go ## test transports and whole volumes in virtual machines with Debian's kernels
 	go run ./test/vm
+
+soak: deps ## random I/O, kills, upgrades, resizes, snapshots, stalls for MINUTES (default 10), here and in a machine (VM=0: only here)
+	@$(MAKE) --no-print-directory build
+	go run ./test/soak -for $(MINUTES)m $(if $(filter 0,$(VM)),,-vm)
 
 oracle-virtualbox: go ## test images against VirtualBox's own reader and writer (downloads it into a cache)
 	go run ./test/virtualbox

@@ -1,11 +1,13 @@
-// Command vm runs the tests of test/vm/guest in virtual machines with kernels of
-// Debian's: `go run ./test/vm` from the repository's root, as root where packages have
-// to be installed.
+// Command vm runs tests in virtual machines with kernels of Debian's: `go run ./test/vm`
+// from the repository's root, as root where packages have to be installed.
 //
 //   - kernel.go: finds, downloads and unpacks kernels, into .cache/vm
-//   - initramfs.go: packs modules, tools and the test binary
+//   - machines.go: which machines there are, and what each runs
+//   - modules.go, disk.go, initramfs.go: pack modules, tools and our programs;
+//     boot.sh, run.sh: what a machine runs first
 //   - qemu.go: boots one and reads the verdict
-//   - guest/: the tests, and init.sh, which starts them
+//   - guest/: the tests of package attach's transports
+//   - volumes/: the tests of whole volumes, with the real program's processes
 //
 // Machines are emulated, not virtualised: stock kernels do not boot under every nested
 // hypervisor, and the emulator's slow pace finds races. Figures of speed mean nothing.
@@ -20,19 +22,36 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
+// config is what to run.
+type config struct {
+	kernels  []string
+	machines *regexp.Regexp
+	run      string
+	soak     time.Duration // 0: the tests
+	limit    time.Duration // for each machine
+}
+
 func main() {
+	var c config
 	kernels := flag.String("kernels", "6.12,6.1", "versions of the kernels to test on, separated by commas")
-	run := flag.String("run", "", "only run the tests that match this, as go test -run does")
-	limit := flag.Duration("timeout", 8*time.Minute, "for each machine")
-	memory := flag.Int("memory", 1536, "MiB of memory of a machine")
+	only := flag.String("machines", ".", "only the machines whose names match this expression: transports, volumes, memory, stall")
+	flag.StringVar(&c.run, "run", "", "only run the tests that match this, as go test -run does")
+	flag.DurationVar(&c.limit, "timeout", 12*time.Minute, "for each machine")
+	flag.DurationVar(&c.soak, "soak", 0, "run the soak for this long instead of the tests; it adds to the timeout")
 	flag.Parse()
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt)
-	err := runAll(ctx, strings.Split(*kernels, ","), *run, *limit, *memory)
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	var err error
+	c.kernels = strings.Split(*kernels, ",")
+	if c.machines, err = regexp.Compile(*only); err == nil {
+		err = runAll(ctx, c)
+	}
 	cancel()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "vm:", err)
@@ -40,7 +59,9 @@ func main() {
 	}
 }
 
-func runAll(ctx context.Context, versions []string, run string, limit time.Duration, memory int) error {
+// runAll builds what machines need and runs all machines at the same time: mostly they
+// wait for timers of the kernel's.
+func runAll(ctx context.Context, c config) error {
 	cache, err := filepath.Abs(filepath.Join(".cache", "vm"))
 	if err != nil {
 		return err
@@ -59,42 +80,108 @@ func runAll(ctx context.Context, versions []string, run string, limit time.Durat
 		return err
 	}
 	defer os.RemoveAll(work)
-	binary := filepath.Join(work, "guest.test")
-	if err := command(ctx, "go", "test", "-c", "-o", binary, "./test/vm/guest"); err != nil {
-		return fmt.Errorf("build the guest's tests: %w", err)
+	programs := filepath.Join(work, "programs")
+	if err := build(ctx, programs); err != nil {
+		return err
 	}
-	// At the same time: mostly they wait for timers of the kernel's.
-	errs := make([]error, len(versions))
-	var machines sync.WaitGroup
-	for i, version := range versions {
-		machines.Go(func() {
-			if err := runOne(ctx, cache, work, version, binary, run, limit, memory); err != nil {
-				errs[i] = fmt.Errorf("kernel %s: %w", version, err)
-			}
-		})
+	machines := c.chosen()
+	errs := make([]error, len(c.kernels)*len(machines))
+	var running sync.WaitGroup
+	for i, version := range c.kernels {
+		k, err := getKernel(ctx, cache, version)
+		if err != nil {
+			return errors.Join(fmt.Errorf("kernel %s: %w", version, err), waitAll(&running, errs))
+		}
+		files, err := makeBootFiles(ctx, filepath.Join(work, version), k, programs)
+		if err != nil {
+			return errors.Join(fmt.Errorf("kernel %s: %w", version, err), waitAll(&running, errs))
+		}
+		for j, m := range machines {
+			running.Go(func() {
+				if err := runOne(ctx, k, files, m, c.limit+c.soak); err != nil {
+					errs[i*len(machines)+j] = fmt.Errorf("kernel %s, machine %s: %w", version, m.name, err)
+				}
+			})
+		}
 	}
-	machines.Wait()
+	return waitAll(&running, errs)
+}
+
+func waitAll(running *sync.WaitGroup, errs []error) error {
+	running.Wait()
 	return errors.Join(errs...)
 }
 
-func runOne(ctx context.Context, cache, work, version, binary, run string, limit time.Duration, memory int) error {
+func runOne(ctx context.Context, k kernel, files bootFiles, m machine, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	k, err := getKernel(ctx, cache, version)
-	if err != nil {
-		return err
-	}
-	initrd := filepath.Join(work, version+".cpio")
-	if err := writeInitramfs(ctx, initrd, k, binary); err != nil {
-		return err
-	}
-	defer os.Remove(initrd)
 	start := time.Now()
-	if err := boot(ctx, k, initrd, run, memory); err != nil {
+	if err := boot(ctx, k, files, m); err != nil {
 		return fmt.Errorf("after %v: %w", time.Since(start).Round(time.Second), err)
 	}
-	fmt.Printf("[%s] passed in %v on %s\n", version, time.Since(start).Round(time.Second), k.release)
+	fmt.Printf("[%s %s] passed in %v\n", k.release, m.name, time.Since(start).Round(time.Second))
 	return nil
+}
+
+// build builds the programs that run in machines.
+func build(ctx context.Context, dir string) error {
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	for _, args := range [][]string{
+		{"test", "-c", "-o", filepath.Join(dir, "guest.test"), "./test/vm/guest"},
+		{"test", "-c", "-o", filepath.Join(dir, "volumes.test"), "./test/vm/volumes"},
+		{"build", "-o", filepath.Join(dir, "soak"), "./test/soak"},
+		{"build", "-o", filepath.Join(dir, "csi-imgdisk"), "./cmd/csi-imgdisk"},
+	} {
+		if err := command(ctx, "go", append([]string{args[0], "-ldflags", "-s -w"}, args[1:]...)...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// bootFiles are what machines with one kernel start from.
+type bootFiles struct {
+	initramfs string
+	disk      string
+}
+
+func makeBootFiles(ctx context.Context, dir string, k kernel, programs string) (bootFiles, error) {
+	files := bootFiles{filepath.Join(dir, "initramfs"), filepath.Join(dir, "disk")}
+	d, err := newDisk(filepath.Join(dir, "root"))
+	if err != nil {
+		return files, err
+	}
+	busybox, err := d.addBusybox(ctx)
+	if err != nil {
+		return files, err
+	}
+	for _, name := range guestPrograms {
+		if err := d.addProgram(ctx, name); err != nil {
+			return files, err
+		}
+	}
+	ours, err := filepath.Glob(filepath.Join(programs, "*"))
+	if err != nil {
+		return files, err
+	}
+	for _, path := range ours {
+		if err := d.addFile(filepath.Join("bin", filepath.Base(path)), path); err != nil {
+			return files, err
+		}
+	}
+	m, err := readModules(ctx, k, wantedModules)
+	if err != nil {
+		return files, err
+	}
+	if err := d.addModules(m); err != nil {
+		return files, err
+	}
+	if err := d.write(ctx, files.disk); err != nil {
+		return files, err
+	}
+	return files, writeInitramfs(files.initramfs, m, busybox)
 }
 
 // tools are the programs needed here and in the guest, with their Debian packages.

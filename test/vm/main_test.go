@@ -20,8 +20,15 @@ func TestOlder(t *testing.T) {
 }
 
 func TestClosure(t *testing.T) {
-	depends := map[string][]string{"ext4": {"jbd2", "crc16", "builtin"}, "jbd2": {"crc32c"}, "crc32c": nil, "crc16": nil}
-	if got, want := closure(depends, "ext4"), []string{"jbd2", "crc32c", "crc16"}; !slices.Equal(got, want) {
-		t.Errorf("closure %q, want %q", got, want)
+	depends := map[string][]string{
+		"ext4": {"jbd2", "crc16", "builtin"}, "jbd2": {"crc32c"}, "crc32c": nil, "crc16": nil,
+		"nfsd": {"sunrpc", "lockd", "acl"}, "lockd": {"sunrpc", "grace"}, "acl": {"sunrpc"}, "sunrpc": {"crc32c"}, "grace": nil,
+	}
+	for name, want := range map[string][]string{
+		"crc16": nil, "ext4": {"crc16", "jbd2", "crc32c"}, "nfsd": {"acl", "lockd", "grace", "sunrpc", "crc32c"},
+	} {
+		if got := closure(depends, name); !slices.Equal(got, want) {
+			t.Errorf("%s needs %q, want %q", name, got, want)
+		}
 	}
 }

@@ -12,21 +12,18 @@ import (
 	"time"
 )
 
-// verdictPrefix is what init.sh begins its last line with; the tests' exit code
-// follows.
+// verdictPrefix is what run.sh begins its last line with; the exit code follows.
 const verdictPrefix = "imgdisk-vm verdict: "
 
-// boot runs a machine to its end and shows what it says. It returns nil if its tests
-// passed.
-func boot(ctx context.Context, k kernel, initrd, run string, memory int) error {
-	args := "console=ttyS0 panic=-1 quiet"
-	if run != "" {
-		args += " imgdisk.run=" + run
-	}
+// boot runs a machine to its end and shows what it says. It returns nil if what it ran
+// ended well.
+func boot(ctx context.Context, k kernel, files bootFiles, m machine) error {
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
-		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(memory),
+		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(m.memoryMiB),
 		"-display", "none", "-no-reboot", "-nodefaults", "-serial", "stdio",
-		"-kernel", k.image, "-initrd", initrd, "-append", args)
+		"-snapshot", "-drive", "file="+files.disk+",if=virtio,format=raw,cache=unsafe",
+		"-kernel", k.image, "-initrd", files.initramfs,
+		"-append", "console=ttyS0 panic=-1 quiet imgdisk.machine="+m.name+" imgdisk.arguments="+strings.Join(m.arguments, ","))
 	cmd.Stderr = os.Stderr
 	cmd.WaitDelay = 10 * time.Second
 	out, err := cmd.StdoutPipe()
@@ -43,7 +40,7 @@ func boot(ctx context.Context, k kernel, initrd, run string, memory int) error {
 			verdict = code
 			continue
 		}
-		fmt.Printf("[%s] %s\n", k.release, line)
+		fmt.Printf("[%s %s] %s\n", k.release, m.name, line)
 	}
 	err = cmd.Wait()
 	switch {
@@ -54,5 +51,5 @@ func boot(ctx context.Context, k kernel, initrd, run string, memory int) error {
 	case verdict == "":
 		return errors.Join(errors.New("the machine ended without a verdict"), err)
 	}
-	return fmt.Errorf("tests failed with exit code %s", verdict)
+	return fmt.Errorf("failed with exit code %s", verdict)
 }

@@ -1,0 +1,114 @@
+package volumes
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// nfs is the kernel's own NFS server, on the loopback interface, and its client. What
+// user-space daemons would tell the kernel (whom it may serve what) is written into its
+// caches beforehand.
+type nfs struct{ running bool }
+
+const (
+	nfsDir    = "/store/nfs" // what it exports
+	nfsDomain = "everybody"
+	// exportFlags: NFSEXP_FSID, NFSEXP_NOSUBTREECHECK, NFSEXP_INSECURE_PORT; writable, and
+	// root is root.
+	exportFlags = 0x2000 | 0x400 | 0x2
+	farFuture   = 1 << 31 // when cached answers expire, in seconds since 1970
+	// graceSeconds is how long a server that starts waits for its clients to claim what
+	// they had locked. The least the kernel takes is 10.
+	graceSeconds = "10"
+)
+
+// startNFS starts the server.
+func startNFS(t *testing.T) *nfs {
+	t.Helper()
+	for _, module := range []string{"md5", "nfsd", "nfsv4"} {
+		if out, err := exec.Command("modprobe", module).CombinedOutput(); err != nil && module != "md5" {
+			t.Fatalf("modprobe %s: %v: %s", module, err, out)
+		}
+	}
+	must(t, os.MkdirAll(nfsDir, 0o755))
+	if _, err := os.Stat("/proc/fs/nfsd/threads"); err != nil {
+		must(t, unix.Mount("nfsd", "/proc/fs/nfsd", "nfsd", 0, ""))
+	}
+	s := &nfs{}
+	s.start(t)
+	t.Cleanup(func() {
+		s.stop(t)
+		must(t, os.RemoveAll(nfsDir))
+	})
+	return s
+}
+
+// start starts the server anew, as after a reboot of its machine.
+func (s *nfs) start(t *testing.T) {
+	t.Helper()
+	for _, w := range []struct{ path, text string }{
+		{"/proc/fs/nfsd/nfsv4gracetime", graceSeconds},
+		{"/proc/fs/nfsd/versions", "-3 +4 +4.1 +4.2"},
+		{"/proc/net/rpc/auth.unix.ip/channel", fmt.Sprintf("nfsd 127.0.0.1 %d %s\n", farFuture-1, nfsDomain)},
+		{"/proc/net/rpc/nfsd.export/channel", fmt.Sprintf("%s %s %d %d 65534 65534 0\n", nfsDomain, nfsDir, farFuture-1, exportFlags)},
+		// 1 is FSID_NUM: the root of what is exported has number 0.
+		{"/proc/net/rpc/nfsd.fh/channel", fmt.Sprintf("%s 1 \\x00000000 %d %s\n", nfsDomain, farFuture-1, nfsDir)},
+		{"/proc/fs/nfsd/portlist", "tcp 2049"},
+		{"/proc/fs/nfsd/threads", "4"},
+	} {
+		writeKernel(t, w.path, w.text)
+	}
+	s.running = true
+}
+
+// stop stops the server: its clients find nobody who answers.
+func (s *nfs) stop(t *testing.T) {
+	t.Helper()
+	writeKernel(t, "/proc/fs/nfsd/threads", "0")
+	s.running = false
+}
+
+// goOn starts the server if a test that failed left it stopped: nothing that uses it can
+// be ended otherwise.
+func (s *nfs) goOn(t *testing.T) {
+	if !s.running {
+		s.start(t)
+	}
+}
+
+func writeKernel(t *testing.T, path, text string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	must(t, err)
+	defer f.Close()
+	if _, err := f.WriteString(text); err != nil {
+		t.Fatalf("write %q to %s: %v", text, path, err)
+	}
+}
+
+// mount mounts what the server exports.
+func (s *nfs) mount(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	var err error
+	for range 30 { // the server is in its grace period
+		err = unix.Mount("127.0.0.1:/", dir, "nfs4", 0, "addr=127.0.0.1,clientaddr=127.0.0.1,vers=4.2,proto=tcp,hard,timeo=50")
+		if err == nil {
+			break
+		}
+		time.Sleep(time.Second)
+	}
+	must(t, err)
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Errorf("unmount: %v", err)
+			_ = unix.Unmount(dir, unix.MNT_FORCE|unix.MNT_DETACH)
+		}
+	})
+	return dir
+}
