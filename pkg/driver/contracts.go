@@ -43,6 +43,10 @@ type Store interface {
 	// exceed limitBytes (0: no limit).
 	Expand(ctx context.Context, name string, sizeBytes, limitBytes int64) (Volume, error)
 
+	// ChangeLimits changes what a volume may do in a second, also while it is attached:
+	// then within seconds.
+	ChangeLimits(ctx context.Context, name string, change LimitsChange) error
+
 	// CreateSnapshot freezes a volume's contents, also while it is attached, or
 	// returns the snapshot if it was made before. block.ErrExists: another volume of
 	// the store has a snapshot of this name.
@@ -68,6 +72,31 @@ type VolumeSpec struct {
 	LimitBytes int64
 	Source     Source
 	Parameters Parameters
+	// Limits are those it begins with. They do not tell specs apart, since a volume's
+	// can be changed.
+	Limits Limits
+}
+
+// Limits bound what a volume may do in a second; 0: no bound.
+type Limits struct {
+	IOPS           int64 // requests, at least minIOPS
+	BytesPerSecond int64 // read and written, at least minBytesPerSecond
+}
+
+// LimitsChange says which limits are to be what; nil: as they are.
+type LimitsChange struct {
+	IOPS           *int64
+	BytesPerSecond *int64
+}
+
+// Apply makes the changes.
+func (c LimitsChange) Apply(l *Limits) {
+	if c.IOPS != nil {
+		l.IOPS = *c.IOPS
+	}
+	if c.BytesPerSecond != nil {
+		l.BytesPerSecond = *c.BytesPerSecond
+	}
 }
 
 // Volume is a volume of a store.
@@ -154,6 +183,9 @@ type AttachSpec struct {
 	Node      string
 	ReadOnly  bool
 	Transport string // "": the attacher's choice
+	// Limits count instead of those in the store, if there are any. They do not tell
+	// specs apart.
+	Limits Limits
 }
 
 // Attachment is a volume's device on this node.

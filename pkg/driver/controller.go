@@ -48,6 +48,7 @@ func (c *controller) ControllerGetCapabilities(context.Context, *csi.ControllerG
 		csi.ControllerServiceCapability_RPC_GET_SNAPSHOT,
 		csi.ControllerServiceCapability_RPC_CLONE_VOLUME,
 		csi.ControllerServiceCapability_RPC_EXPAND_VOLUME,
+		csi.ControllerServiceCapability_RPC_MODIFY_VOLUME,
 		csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
 	} {
 		resp.Capabilities = append(resp.Capabilities, &csi.ControllerServiceCapability{
@@ -96,14 +97,17 @@ func (c *controller) volumeSpec(req *csi.CreateVolumeRequest) (storeName string,
 			return "", spec, err
 		}
 	}
-	for key, value := range req.GetMutableParameters() {
-		return "", spec, invalid("mutable parameter "+key, value, "none")
-	}
 	asked, err := parseParameters(req.GetParameters(), c.cfg.Formats)
 	if err != nil {
 		return "", spec, err
 	}
+	mutable, err := parseMutable(req.GetMutableParameters())
+	if err != nil {
+		return "", spec, err
+	}
 	spec.Parameters, spec.Source = asked.parameters, asked.source
+	asked.limits.Apply(&spec.Limits)
+	mutable.Apply(&spec.Limits) // the VolumeAttributesClass is the more particular
 	storeName, err = c.contentSource(req.GetVolumeContentSource(), asked.store, &spec.Source)
 	if err != nil {
 		return "", spec, err
@@ -353,6 +357,28 @@ func (c *controller) ControllerExpandVolume(ctx context.Context, req *csi.Contro
 	}
 	// Also for raw block: the device on the node has to be told.
 	return &csi.ControllerExpandVolumeResponse{CapacityBytes: vol.SizeBytes, NodeExpansionRequired: true}, nil
+}
+
+func (c *controller) ControllerModifyVolume(ctx context.Context, req *csi.ControllerModifyVolumeRequest) (*csi.ControllerModifyVolumeResponse, error) {
+	if req.GetVolumeId() == "" {
+		return nil, missing("volume id")
+	}
+	change, err := parseMutable(req.GetMutableParameters())
+	if err != nil {
+		return nil, err
+	}
+	h, store, name, unlock, err := c.open(req.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if err := ensureVolume(ctx, store, h); err != nil {
+		return nil, err
+	}
+	if err := store.ChangeLimits(ctx, name, change); err != nil {
+		return nil, fmt.Errorf("modify volume %s: %w", h, err)
+	}
+	return &csi.ControllerModifyVolumeResponse{}, nil
 }
 
 func (c *controller) ControllerGetVolume(ctx context.Context, req *csi.ControllerGetVolumeRequest) (*csi.ControllerGetVolumeResponse, error) {

@@ -288,6 +288,40 @@ func TestControllerExpandVolume(t *testing.T) {
 	wantCode(t, "a full store", err, codes.ResourceExhausted)
 }
 
+func TestControllerModifyVolume(t *testing.T) {
+	b := newBench(t)
+	req := &csi.CreateVolumeRequest{
+		Name: "v", VolumeCapabilities: []*csi.VolumeCapability{ext4Writer},
+		CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 30},
+		Parameters:    map[string]string{"iops": "500", "bandwidth": "10Mi"}, MutableParameters: map[string]string{"iops": "700"},
+	}
+	resp, err := b.controller.CreateVolume(t.Context(), req)
+	wantCode(t, "CreateVolume", err, codes.OK)
+	id := resp.GetVolume().GetVolumeId()
+	limits := func() Limits { return b.store.volumes[req.GetName()].spec.Limits }
+	if want := (Limits{IOPS: 700, BytesPerSecond: 10 << 20}); limits() != want {
+		t.Errorf("created with %+v, want %+v", limits(), want)
+	}
+	modify := func(params map[string]string) error {
+		_, err := b.controller.ControllerModifyVolume(t.Context(), &csi.ControllerModifyVolumeRequest{VolumeId: id, MutableParameters: params})
+		return err
+	}
+	wantCode(t, "one limit", modify(map[string]string{"bandwidth": "20Mi"}), codes.OK)
+	wantCode(t, "the other", modify(map[string]string{"iops": "0"}), codes.OK)
+	wantCode(t, "nothing", modify(nil), codes.OK)
+	if want := (Limits{BytesPerSecond: 20 << 20}); limits() != want {
+		t.Errorf("modified to %+v, want %+v", limits(), want)
+	}
+	_, err = b.controller.CreateVolume(t.Context(), req)
+	wantCode(t, "CreateVolume of a volume whose limits were changed", err, codes.OK)
+	wantCode(t, "what cannot be changed", modify(map[string]string{"format": "raw"}), codes.InvalidArgument)
+	wantCode(t, "a bad value", modify(map[string]string{"iops": "1"}), codes.InvalidArgument)
+	id = "main/none"
+	wantCode(t, "no such volume", modify(map[string]string{"iops": "100"}), codes.NotFound)
+	id = ""
+	wantCode(t, "no volume", modify(nil), codes.InvalidArgument)
+}
+
 func TestControllerGetVolume(t *testing.T) {
 	b := newBench(t)
 	id := b.create("v")

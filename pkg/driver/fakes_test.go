@@ -262,6 +262,20 @@ func (s *fakeStore) Expand(_ context.Context, name string, size, limit int64) (V
 	return v.Volume, nil
 }
 
+func (s *fakeStore) ChangeLimits(_ context.Context, name string, change LimitsChange) error {
+	if err := s.enter("ChangeLimits"); err != nil {
+		return err
+	}
+	s.data.Lock()
+	defer s.data.Unlock()
+	v := s.volumes[name]
+	if v == nil {
+		return fmt.Errorf("volume %s: %w", name, block.ErrNotFound)
+	}
+	change.Apply(&v.spec.Limits)
+	return nil
+}
+
 func (s *fakeStore) CreateSnapshot(_ context.Context, volume, name string) (Snapshot, error) {
 	if err := s.enter("CreateSnapshot"); err != nil {
 		return Snapshot{}, err

@@ -48,6 +48,7 @@ func TestNode_Invalid(t *testing.T) {
 			r.PublishContext = map[string]string{"epoch": "1", "volume": "../v"}
 		}), codes.InvalidArgument},
 		"transport":         {stage(func(r *csi.NodeStageVolumeRequest) { r.VolumeContext = map[string]string{"transport": "iscsi"} }), codes.InvalidArgument},
+		"limits":            {stage(func(r *csi.NodeStageVolumeRequest) { r.VolumeContext = map[string]string{"iops": "1"} }), codes.InvalidArgument},
 		"publish unstaged":  {s.publishAt(b.path("target"), false), codes.FailedPrecondition},
 		"publish to itself": {s.publishAt("target", false), codes.InvalidArgument},
 	} {
@@ -150,6 +151,24 @@ func TestStage_WhatIsOnTheDevice(t *testing.T) {
 				t.Errorf("grown: %t", grown)
 			}
 		})
+	}
+}
+
+// A PersistentVolume that somebody wrote has its limits among its attributes.
+func TestStage_LimitsInVolumeContext(t *testing.T) {
+	b := newBench(t)
+	s := b.publish(b.create("v"), ext4Writer)
+	req := s.stageRequest()
+	req.VolumeContext = map[string]string{"iops": "100", "bandwidth": "5Mi"}
+	_, err := b.node.NodeStageVolume(t.Context(), req)
+	wantCode(t, "NodeStageVolume", err, codes.OK)
+	for _, d := range b.attacher.devices {
+		if want := (Limits{IOPS: 100, BytesPerSecond: 5 << 20}); d.spec.Limits != want {
+			t.Errorf("attached with %+v, want %+v", d.spec.Limits, want)
+		}
+	}
+	if len(b.attacher.devices) != 1 {
+		t.Errorf("attached: %v", b.attacher.devices)
 	}
 }
 

@@ -21,12 +21,23 @@ const (
 	paramTransport     = "transport"
 	paramImage         = "image"
 	paramImageMode     = "imageMode"
+	paramIOPS          = "iops"
+	paramBandwidth     = "bandwidth"
 )
 
 var parameterNames = []string{
 	paramStore, paramFormat, paramSubformat, paramClusterSize, paramPreallocation,
-	paramTransport, paramImage, paramImageMode,
+	paramTransport, paramImage, paramImageMode, paramIOPS, paramBandwidth,
 }
+
+// mutableNames are the parameters that a VolumeAttributesClass may have.
+var mutableNames = []string{paramIOPS, paramBandwidth}
+
+// The least limits that the block server keeps; see filter.Limits.
+const (
+	minIOPS           = 10
+	minBytesPerSecond = 1 << 20
+)
 
 // sidecarPrefix begins the parameters that are for or from Kubernetes' sidecars:
 // csi.storage.k8s.io/fstype, csi.storage.k8s.io/pvc/name.
@@ -42,6 +53,7 @@ type request struct {
 	store      string // "" if not said
 	source     Source // an image's, or nothing
 	parameters Parameters
+	limits     LimitsChange
 }
 
 // parseParameters checks parameters against what can be had. Errors name the
@@ -69,7 +81,42 @@ func parseParameters(params map[string]string, formats []Format) (request, error
 	if err := parseLayout(params, formats, &req.parameters); err != nil {
 		return request{}, err
 	}
+	var err error
+	if req.limits, err = parseLimits("parameter", params); err != nil {
+		return request{}, err
+	}
 	return req, nil
+}
+
+// parseMutable understands the parameters of a VolumeAttributesClass.
+func parseMutable(params map[string]string) (LimitsChange, error) {
+	for _, name := range slices.Sorted(maps.Keys(params)) {
+		if !slices.Contains(mutableNames, name) {
+			return LimitsChange{}, fmt.Errorf("mutable parameter %q (value %q) is unknown: %w: want one of %s",
+				name, params[name], block.ErrInvalid, strings.Join(mutableNames, ", "))
+		}
+	}
+	return parseLimits("mutable parameter", params)
+}
+
+// parseLimits understands limits; those that are not there stay as they are. kind is what
+// errors call what has the value.
+func parseLimits(kind string, params map[string]string) (change LimitsChange, err error) {
+	if value, ok := params[paramIOPS]; ok {
+		n, err := strconv.ParseInt(value, 10, 64)
+		if err != nil || n != 0 && n < minIOPS {
+			return LimitsChange{}, invalid(kind+" "+paramIOPS, value, fmt.Sprintf("a number of requests per second, at least %d, or 0 for no limit", minIOPS))
+		}
+		change.IOPS = &n
+	}
+	if value, ok := params[paramBandwidth]; ok {
+		n, err := ParseSize(value)
+		if err != nil || n != 0 && n < minBytesPerSecond {
+			return LimitsChange{}, invalid(kind+" "+paramBandwidth, value, fmt.Sprintf("bytes per second such as 100Mi, at least %s, or 0 for no limit", formatSize(minBytesPerSecond)))
+		}
+		change.BytesPerSecond = &n
+	}
+	return change, nil
 }
 
 func parseSource(params map[string]string, req *request) error {

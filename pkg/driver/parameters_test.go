@@ -38,7 +38,12 @@ func TestParseParameters(t *testing.T) {
 			},
 			request{},
 		},
-		"the first format is the default":   {map[string]string{"clusterSize": "64K"}, request{parameters: Parameters{ClusterBytes: 64 << 10}}},
+		"the first format is the default": {map[string]string{"clusterSize": "64K"}, request{parameters: Parameters{ClusterBytes: 64 << 10}}},
+		"limits": {
+			map[string]string{"iops": "500", "bandwidth": "100Mi"},
+			request{limits: LimitsChange{IOPS: new(int64(500)), BytesPerSecond: new(int64(100 << 20))}},
+		},
+		"no limit":                          {map[string]string{"iops": "0"}, request{limits: LimitsChange{IOPS: new(int64(0))}}},
 		"a megabyte":                        {map[string]string{"clusterSize": "1M"}, request{parameters: Parameters{ClusterBytes: 1 << 20}}},
 		"what only another format can have": {map[string]string{"format": "raw", "preallocation": "falloc"}, request{parameters: Parameters{Format: "raw", Preallocation: "falloc"}}},
 	} {
@@ -76,6 +81,11 @@ func TestParseParameters_Refused(t *testing.T) {
 		"escaping image":     {map[string]string{"image": "../volumes/v/v.vmdk"}, []string{"image", "../volumes"}},
 		"absolute image":     {map[string]string{"image": "/etc/passwd"}, []string{"image", "/etc/passwd"}},
 		"empty image":        {map[string]string{"image": ""}, []string{"image"}},
+		"iops in words":      {map[string]string{"iops": "many"}, []string{"parameter iops", "many", "at least 10"}},
+		"few iops":           {map[string]string{"iops": "9"}, []string{"iops", `"9"`, "at least 10"}},
+		"negative iops":      {map[string]string{"iops": "-1"}, []string{"iops", "-1"}},
+		"small bandwidth":    {map[string]string{"bandwidth": "100"}, []string{"bandwidth", `"100"`, "at least 1Mi"}},
+		"bandwidth in words": {map[string]string{"bandwidth": "fast"}, []string{"bandwidth", "fast", "100Mi"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := parseParameters(test.params, testFormats)

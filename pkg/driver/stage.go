@@ -108,7 +108,18 @@ func (n *node) attachSpec(req *csi.NodeStageVolumeRequest, use usage) (AttachSpe
 	if err != nil || spec.Epoch < 1 {
 		return AttachSpec{}, invalid("publish context "+contextEpoch, epoch, "what ControllerPublishVolume returned")
 	}
+	if spec.Limits, err = limitsOf(req.GetVolumeContext()); err != nil {
+		return AttachSpec{}, err
+	}
 	return spec, oneOf(paramTransport, spec.Transport, transports)
+}
+
+// limitsOf returns the limits in a volume context, where those of a PersistentVolume that
+// somebody wrote are; a volume that was provisioned has them in the store.
+func limitsOf(volumeContext map[string]string) (limits Limits, err error) {
+	change, err := parseLimits("volume attribute", volumeContext)
+	change.Apply(&limits)
+	return limits, err
 }
 
 // attach returns the volume's device. One that was attached for an earlier publication,

@@ -29,6 +29,8 @@ type CreateVolumeRequest struct {
 	Format     string
 	Parameters Parameters
 	Source     Source
+	// Limits are the first ones. A volume that exists keeps those it has.
+	Limits Limits
 }
 
 // How a volume is made, in steps that are each recorded, with the volume's lock held
@@ -219,7 +221,7 @@ func (s *Store) lockNewVolume(ctx context.Context, name string) (*heldLock, erro
 func (s *Store) makeVolume(ctx context.Context, req CreateVolumeRequest) (Record, error) {
 	rec := Record{
 		Layout: layoutVersion, Name: req.Name, Created: now(),
-		Format: req.Format, Source: req.Source, Parameters: req.Parameters,
+		Format: req.Format, Source: req.Source, Parameters: req.Parameters, Limits: req.Limits,
 		NextLayer: 1,
 	}
 	if err := s.clearLayers(req.Name); err != nil {

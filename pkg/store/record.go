@@ -17,6 +17,9 @@ type Record struct {
 	// Parameters are what the volume was made with, for idempotency and for overlays.
 	Parameters Parameters `json:"parameters,omitzero"`
 
+	// Limits are what the node is to keep the volume to, as it was last asked for.
+	Limits Limits `json:"limits,omitzero"`
+
 	// Layers is the chain from base to top, whoever's directories they lie in: the
 	// last is written.
 	Layers    []LayerRecord    `json:"layers"`
@@ -96,6 +99,12 @@ type Parameters struct {
 	ClusterBytes  int64  `json:"clusterBytes,omitempty"`
 	Preallocation string `json:"preallocation,omitempty"`
 	Transport     string `json:"transport,omitempty"` // for the node; opaque here
+}
+
+// Limits bound what a volume may do in a second; 0: no bound. They are opaque here.
+type Limits struct {
+	IOPS           int64 `json:"iops,omitempty"`
+	BytesPerSecond int64 `json:"bytesPerSecond,omitempty"`
 }
 
 // SnapshotRecord is one snapshot of a volume.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/driver"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/filter"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/supervisor"
 )
 
@@ -26,9 +27,11 @@ func (a attacher) Attach(ctx context.Context, spec driver.AttachSpec) (driver.At
 	if err != nil {
 		return driver.Attachment{}, err
 	}
-	at, err := a.client.Attach(ctx, supervisor.AttachRequest{
-		ID: spec.Handle, Server: args, Transport: spec.Transport, ReadOnly: spec.ReadOnly,
-	})
+	req := supervisor.AttachRequest{ID: spec.Handle, Server: args, Transport: spec.Transport, ReadOnly: spec.ReadOnly}
+	if l := spec.Limits; l != (driver.Limits{}) {
+		req.Limits = &filter.Limits{IOPS: l.IOPS, BytesPerSecond: l.BytesPerSecond}
+	}
+	at, err := a.client.Attach(ctx, req)
 	return fromAttachment(at), translate(err)
 }
 

@@ -79,6 +79,7 @@ func (v volumes) CreateVolume(ctx context.Context, spec driver.VolumeSpec) (driv
 			Preallocation: spec.Parameters.Preallocation,
 			Transport:     spec.Parameters.Transport,
 		},
+		Limits: store.Limits(spec.Limits),
 		Source: store.Source{
 			Image: spec.Source.Image, Mode: store.ImageMode(spec.Source.ImageMode),
 			Snapshot: spec.Source.Snapshot, Volume: spec.Source.Volume,
@@ -130,6 +131,15 @@ func (v volumes) Unpublish(ctx context.Context, name, node string) error {
 func (v volumes) Expand(ctx context.Context, name string, sizeBytes, limitBytes int64) (driver.Volume, error) {
 	rec, err := v.store.Expand(ctx, name, sizeBytes, limitBytes)
 	return fromRecord(rec), err
+}
+
+func (v volumes) ChangeLimits(ctx context.Context, name string, change driver.LimitsChange) error {
+	_, err := v.store.ChangeLimits(ctx, name, func(l *store.Limits) {
+		limits := driver.Limits(*l)
+		change.Apply(&limits)
+		*l = store.Limits(limits)
+	})
+	return err
 }
 
 func (v volumes) CreateSnapshot(ctx context.Context, volume, snapshot string) (driver.Snapshot, error) {
