@@ -94,7 +94,8 @@ without the i. The exit code is 0 for success and 1 for an error; ` + "`image ch
 		newStoreCommand(),
 		newStandaloneCommand(),
 		newDemoCommand(),
-		newServerCommand(), newSupervisorCommand(),
+		newUpgradeCommand(),
+		newServerCommand(), newSupervisorCommand(), newKeeperCommand(),
 		newVersionCommand(),
 	)
 	return root

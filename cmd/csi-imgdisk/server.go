@@ -12,7 +12,9 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/confine"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/filter"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/supervisor"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/store"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
@@ -31,6 +33,8 @@ type serverOptions struct {
 	volume string
 	node   string
 	epoch  int64
+
+	rings bool // it has io_uring instances, and is going to need them
 }
 
 // imageServer returns the arguments of a server of an image.
@@ -52,7 +56,14 @@ func newServerCommand() *cobra.Command {
 			}
 			// RunServer obeys signals itself: not while the device is in use.
 			ctx := context.WithoutCancel(cmd.Context())
-			return supervisor.RunServer(ctx, opts.control, opts.open, supervisor.KernelProtocols())
+			protocols, rings, err := supervisor.ConfinedProtocols()
+			if err != nil {
+				return err
+			}
+			opts.rings = rings
+			return supervisor.RunServer(ctx, supervisor.ServerConfig{
+				Control: opts.control, Version: version, Open: opts.open, Protocols: protocols,
+			})
 		},
 	}
 	flags := cmd.Flags()
@@ -106,6 +117,7 @@ func (o *serverOptions) openImage(ctx context.Context) (supervisor.Opened, error
 	return supervisor.Opened{
 		Device: closing{img, img.close},
 		Stats:  func() any { return img.Stats() },
+		Image:  func() supervisor.ImageStats { return imageStats(img) },
 	}, nil
 }
 
@@ -137,7 +149,28 @@ func (o *serverOptions) openVolume(ctx context.Context) (supervisor.Opened, erro
 		}},
 		Lost:  volume.Lost(),
 		Stats: func() any { return volume.Stats() },
+		Image: func() supervisor.ImageStats { return imageStats(volume) },
+		Limits: func() filter.Limits {
+			l := volume.Record().Limits
+			return filter.Limits{IOPS: l.IOPS, BytesPerSecond: l.BytesPerSecond}
+		},
 	}, nil
+}
+
+// imageStats is what metrics show of an image.
+func imageStats(img interface {
+	Stats() engine.Stats
+	AllocatedBytes() (int64, error)
+}) supervisor.ImageStats {
+	stats := img.Stats()
+	allocated, err := img.AllocatedBytes()
+	if err != nil {
+		allocated = 0 // it is being closed, or its store has no answer
+	}
+	return supervisor.ImageStats{
+		TableHits: stats.TableHits, TableMisses: stats.TableMisses,
+		AllocatedBytes: allocated, Layers: stats.Layers,
+	}
 }
 
 func (o *serverOptions) confineToVolume(s *openedStore, journal string) error {
@@ -157,6 +190,7 @@ func (o *serverOptions) confineToVolume(s *openedStore, journal string) error {
 // socket, and what the runtime reads about the process itself.
 func (o *serverOptions) confine(rules confine.Rules, journal string) error {
 	rules.Write = append(rules.Write, filepath.Dir(o.control))
+	rules.Rings = o.rings
 	rules.Read = append(rules.Read, "/proc/self", "/etc/localtime", "/usr/share/zoneinfo")
 	if o.secretFile != "" {
 		rules.Read = append(rules.Read, o.secretFile)

@@ -15,6 +15,7 @@ import (
 
 func newSupervisorCommand() *cobra.Command {
 	var run runDir
+	var metricsAddress string
 	cmd := &cobra.Command{
 		Use:    "supervisor",
 		Short:  "Keep volumes attached: start, watch and restart their servers",
@@ -26,17 +27,20 @@ func newSupervisorCommand() *cobra.Command {
 			}
 			s, err := supervisor.New(supervisor.Config{
 				StateDir:   run.supervisor(),
-				Transports: []attach.Transport{attach.NewNBD(attach.NBDOptions{}), attach.NewFUSE()},
+				KeeperArgs: []string{"keeper"},
+				Transports: []attach.Transport{attach.NewNBD(attach.NBDOptions{}), attach.NewUBLK(), attach.NewFUSE()},
 				Version:    version,
 				Log:        slog.New(slog.NewTextHandler(os.Stderr, nil)),
 			})
 			if err != nil {
 				return err
 			}
+			observe(cmd.Context(), s, metricsAddress)
 			return s.Run(cmd.Context())
 		},
 	}
 	addRunDirFlag(cmd, &run)
+	addMetricsFlag(cmd, &metricsAddress)
 	return cmd
 }
 
@@ -58,10 +62,15 @@ func ensureSupervisor(ctx context.Context, run runDir) (*supervisor.Client, erro
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startPatience)
 	defer cancel()
-	return supervisor.Ensure(ctx, supervisor.EnsureConfig{
+	return supervisor.Ensure(ctx, supervisorOf(run))
+}
+
+// supervisorOf says how a supervisor is started.
+func supervisorOf(run runDir) supervisor.EnsureConfig {
+	return supervisor.EnsureConfig{
 		StateDir: run.supervisor(),
 		Args:     []string{"supervisor", "--run-dir", string(run)},
-	})
+	}
 }
 
 // runningSupervisor returns a client of the supervisor if one runs.

@@ -271,6 +271,19 @@ func (t *nbdTransport) Recover(ctx context.Context, st State, hooks Hooks) error
 	return nil
 }
 
+// HandOver keeps the connections: what the kernel has sent on them need not wait for its
+// timer.
+func (t *nbdTransport) HandOver(ctx context.Context, st State, files []*os.File, hooks Hooks) error {
+	_, err := t.find(st)
+	if err == nil {
+		err = hooks.Serve(ctx, t.Name(), files)
+	}
+	if err != nil {
+		return fmt.Errorf("hand %s over: %w", st.ID, err)
+	}
+	return nil
+}
+
 // reconnect gives the device as many new sockets as it has connections. The pairs are
 // the caller's to close, also after an error.
 func (t *nbdTransport) reconnect(ctx context.Context, st State) (taken []socketPair, err error) {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/filter"
 )
 
 const (
@@ -59,27 +60,35 @@ type attachment struct {
 	transport attach.Transport
 	adopted   bool     // what an earlier supervisor left has been taken over
 	proc      *process // the server; nil if there is none or none is known
+	version   string   // what proc says of itself
 	ended     int      // descriptors of proc known to have ended
 	unwatch   context.CancelFunc
 
-	problem  error
-	restarts int
-	steady   time.Time // since when it has been serving
-	backoff  time.Duration
-	retry    <-chan time.Time
+	problem    error
+	restarts   int
+	recoveries int
+	steady     time.Time // since when it has been serving
+	backoff    time.Duration
+	retry      <-chan time.Time
 
-	parked    []*command // attaches that wait until it is serving
-	attachErr error      // why the attach failed that made it
-	finished  bool       // nothing of it is left
+	parked []*command    // attaches that wait until it is serving
+	proven *os.File      // the program of the last server that served; nil if there was none
+	fails  int           // of servers started to recover, one after the other
+	pause  time.Duration // of the last upgrade
+
+	attachErr error // why the attach failed that made it
+	finished  bool  // nothing of it is left
 }
 
 // command asks an attachment for something.
 type command struct {
 	client  context.Context // ends when nobody waits for the answer any more
 	kind    commandKind
-	request AttachRequest // cmdAttach
-	force   bool          // cmdDetach
-	done    chan result   // of capacity 1
+	request AttachRequest  // cmdAttach
+	force   bool           // cmdDetach
+	binary  string         // cmdUpgrade
+	limits  *filter.Limits // cmdLimits
+	done    chan result    // of capacity 1
 }
 
 type commandKind int
@@ -88,6 +97,8 @@ const (
 	cmdAttach commandKind = iota
 	cmdDetach
 	cmdResize
+	cmdUpgrade
+	cmdLimits
 )
 
 type result struct {
@@ -274,6 +285,7 @@ func (a *attachment) answer(ctx context.Context, c *command) {
 // retire answers who still waits when the attachment's goroutine ends.
 func (a *attachment) retire() {
 	a.unwatch()
+	a.forgetProgram()
 	a.s.unlist(a)
 	for _, c := range append(a.parked, a.s.takeQueue(a)...) {
 		if a.finished {
@@ -300,6 +312,10 @@ func (a *attachment) handle(ctx context.Context, c *command) (Attachment, error)
 		err = a.handleDetach(ctx, c.force)
 	case c.kind == cmdResize:
 		err = a.resize(ctx)
+	case c.kind == cmdUpgrade:
+		err = a.upgrade(ctx, c.binary)
+	case c.kind == cmdLimits:
+		err = a.handleLimits(c)
 	}
 	if err != nil {
 		return Attachment{}, err
@@ -393,6 +409,7 @@ func (a *attachment) setProcess(p *process) {
 	a.unwatch()
 	a.unwatch = func() {}
 	a.proc = p
+	a.version = ""
 	a.current.Store(p)
 }
 
@@ -403,6 +420,8 @@ func (a *attachment) nowServing() error {
 		return err
 	}
 	a.steady = time.Now()
+	a.fails = 0
+	a.rememberProgram()
 	ctx, cancel := context.WithCancel(context.Background())
 	a.unwatch = cancel
 	go a.proc.watch(ctx, a.ended)
@@ -419,13 +438,16 @@ func (a *attachment) publish() {
 		Phase:         a.rec.Phase,
 		Since:         a.rec.Since,
 		Restarts:      a.restarts,
+		Recoveries:    a.recoveries,
+
+		UpgradePauseMillis: a.pause.Milliseconds(),
 	}
 	at.ID = a.id
 	if k := a.rec.Kernel; k != nil {
 		at.Device, at.SizeBytes, at.Transport = k.Device, k.SizeBytes, k.Transport
 	}
 	if a.proc != nil && a.proc.alive() {
-		at.PID = a.proc.pid
+		at.PID, at.Version = a.proc.pid, a.version
 	}
 	if a.problem != nil {
 		at.Problem = a.problem.Error()
@@ -447,19 +469,7 @@ func (a *attachment) publish() {
 // startServer starts a server and returns what it says of itself. The caller has
 // made sure that an earlier one is gone; the lock proves it.
 func (a *attachment) startServer(ctx context.Context) (Hello, error) {
-	lock, err := a.lock(ctx)
-	if err != nil {
-		return Hello{}, err
-	}
-	defer lock.Close()
-	a.s.at("start: locked")
-	control := filepath.Join(a.dir, controlFile)
-	for _, stale := range []string{control, exitPath(control)} {
-		if err := os.Remove(stale); err != nil && !os.IsNotExist(err) {
-			return Hello{}, fmt.Errorf("remove what an earlier server left: %w", err)
-		}
-	}
-	p, err := spawn(a.s.cfg.Binary, a.rec.Request.Server, a.s.cfg.Env, a.dir, lock)
+	p, err := a.spawn(ctx, a.program(), a.rec.Seat)
 	if err != nil {
 		return Hello{}, err
 	}
@@ -476,9 +486,31 @@ func (a *attachment) startServer(ctx context.Context) (Hello, error) {
 	if err != nil {
 		return Hello{}, errors.Join(err, a.destroyServer(err))
 	}
+	a.version = hello.Version
 	a.s.at("start: open")
 	return hello, nil
 }
+
+// spawn starts a server of a program in a seat that nobody has.
+func (a *attachment) spawn(ctx context.Context, program string, seat seat) (*process, error) {
+	lock, err := a.lock(ctx, seat)
+	if err != nil {
+		return nil, err
+	}
+	defer lock.Close()
+	a.s.at("start: locked")
+	control := seat.controlPath(a.dir)
+	for _, stale := range []string{control, exitPath(control)} {
+		if err := os.Remove(stale); err != nil && !os.IsNotExist(err) {
+			return nil, fmt.Errorf("remove what an earlier server left: %w", err)
+		}
+	}
+	env := slices.Concat(transportEnviron(a.rec.Request.Transport), limitsEnviron(a.rec.Request.Limits), a.s.cfg.Env)
+	return spawn(program, a.rec.Request.Server, env, a.dir, seat, lock)
+}
+
+// control is the path of the server's control socket.
+func (a *attachment) control() string { return a.rec.Seat.controlPath(a.dir) }
 
 // firstHello waits until a new server has opened its device.
 func (a *attachment) firstHello(ctx context.Context, p *process) (Hello, error) {
@@ -496,11 +528,11 @@ func (a *attachment) firstHello(ctx context.Context, p *process) (Hello, error) 
 	return hello, err
 }
 
-// lock takes the server's lock. A server that is gone has released it, except for
+// lock takes the lock of a seat. A server that is gone has released it, except for
 // what the kernel may still be tidying up.
-func (a *attachment) lock(ctx context.Context) (*os.File, error) {
+func (a *attachment) lock(ctx context.Context, seat seat) (*os.File, error) {
 	for start := time.Now(); ; {
-		lock, err := lockServer(a.dir)
+		lock, err := lockServer(a.dir, seat)
 		if err == nil || !errors.Is(err, block.ErrLocked) || time.Since(start) > endPatience || ctx.Err() != nil {
 			return lock, err
 		}
@@ -535,20 +567,37 @@ func (a *attachment) endServer(ctx context.Context) error {
 	return errors.Join(err, a.destroyServer(err))
 }
 
-// findServer looks for a server that an earlier supervisor started. One that was only
-// just started, or is about to be gone, is waited for.
+// findServer looks for a server that an earlier supervisor started, and ends one that is
+// waiting to replace it.
 func (a *attachment) findServer(ctx context.Context) error {
 	if a.proc != nil {
 		return nil
 	}
-	for start := time.Now(); ; {
-		p, err := findProcess(a.dir, a.rec.PID, a.rec.PIDStart)
-		if err == nil {
-			a.setProcess(p)
-			return nil
-		}
-		if ctx.Err() != nil || time.Since(start) > strayPatience {
+	stray, err := a.find(ctx, a.rec.Seat.other(), 0, 0)
+	if err != nil {
+		return err
+	}
+	if stray != nil {
+		a.log.Warn("server killed", "pid", stray.pid, "forced", a.isForced(), "cause", "its turn never came")
+		if err := stray.destroy(); err != nil {
 			return err
+		}
+	}
+	p, err := a.find(ctx, a.rec.Seat, a.rec.PID, a.rec.PIDStart)
+	if err != nil {
+		return err
+	}
+	a.setProcess(p)
+	return nil
+}
+
+// find looks for a server in a seat. One that was only just started, or is about to be
+// gone, is waited for.
+func (a *attachment) find(ctx context.Context, seat seat, pid int, pidStart uint64) (*process, error) {
+	for start := time.Now(); ; {
+		p, err := findProcess(a.dir, seat, pid, pidStart)
+		if err == nil || ctx.Err() != nil || time.Since(start) > strayPatience {
+			return p, err
 		}
 		time.Sleep(socketPoll)
 	}
@@ -556,12 +605,13 @@ func (a *attachment) findServer(ctx context.Context) error {
 
 // remove forgets the attachment, of which nothing but its directory is left.
 func (a *attachment) remove(ctx context.Context) error {
-	lock, err := a.lock(context.WithoutCancel(ctx))
+	lock, err := a.lock(context.WithoutCancel(ctx), a.rec.Seat)
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
 	a.s.at("remove: locked")
+	a.dropKept()
 	if err := removeDir(a.dir); err != nil {
 		return err
 	}

@@ -81,6 +81,26 @@ func (c *Client) Resize(ctx context.Context, id string) (Attachment, error) {
 	return at, err
 }
 
+// Upgrade replaces an attachment's server by one of another program. Requests wait
+// meanwhile, for well under a second as a rule: the successor is started before the
+// server stops, and takes the kernel's descriptors over. An error says why the successor
+// does not serve; the program that served before does then, or is being started for it.
+// block.ErrBusy: the volume was not being served.
+func (c *Client) Upgrade(ctx context.Context, id string, req UpgradeRequest) (Attachment, error) {
+	var at Attachment
+	err := c.do(ctx, http.MethodPost, attachmentPath(id)+"/upgrade", req, &at)
+	return at, err
+}
+
+// UpgradeAll upgrades all attachments whose servers are of another program, one after
+// another. It ends with the first successor that does not serve, which is not an error:
+// the results tell, for the attachments it came to.
+func (c *Client) UpgradeAll(ctx context.Context, req UpgradeRequest) ([]UpgradeResult, error) {
+	var results []UpgradeResult
+	err := c.do(ctx, http.MethodPost, "/v1/upgrade", req, &results)
+	return results, err
+}
+
 // Detach removes a volume's device. When it returns nil everything written is
 // durable, the image closed and the device gone. block.ErrBusy: the device is in use,
 // and nothing has changed. block.ErrNotFound: there is no such attachment. Another
@@ -109,6 +129,12 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 // that. The state directory stays, with a lock file and perhaps a log in it.
 func (c *Client) Stop(ctx context.Context) error {
 	return c.do(ctx, http.MethodPost, "/v1/stop", nil, nil)
+}
+
+// Leave ends a supervisor and leaves everything attached, for the next one to take over:
+// see Replace. Like Stop it returns when the supervisor is ending.
+func (c *Client) Leave(ctx context.Context) error {
+	return c.do(ctx, http.MethodPost, "/v1/stop", stopRequest{Keep: true}, nil)
 }
 
 func attachmentPath(id string) string { return "/v1/attachments/" + url.PathEscape(id) }

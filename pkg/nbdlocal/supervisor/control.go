@@ -10,33 +10,40 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/filter"
 )
 
 // Operations of the server protocol.
 const (
-	opHello = "hello"
-	opServe = "serve"
-	opFiles = "files"
-	opWatch = "watch"
-	opStats = "stats"
-	opStop  = "stop"
+	opReady  = "ready"
+	opHello  = "hello"
+	opServe  = "serve"
+	opFiles  = "files"
+	opWatch  = "watch"
+	opStats  = "stats"
+	opLimits = "limits"
+	opDebug  = "debug"
+	opStop   = "stop"
 )
 
 // controlRequest is a message to a server.
 type controlRequest struct {
-	Op       string `json:"op"`
-	Protocol string `json:"protocol,omitempty"` // serve
-	Ended    int    `json:"ended,omitempty"`    // watch: the count the caller knows
+	Op       string         `json:"op"`
+	Protocol string         `json:"protocol,omitempty"` // serve
+	Ended    int            `json:"ended,omitempty"`    // watch: the count the caller knows
+	Limits   *filter.Limits `json:"limits,omitempty"`   // limits: nil is the volume's own
 }
 
 // controlResponse is a server's answer: Error, or the fields of the operation.
 type controlResponse struct {
-	Error  *wireError   `json:"failure,omitempty"`
-	Hello  *Hello       `json:"hello,omitempty"`
-	Files  []string     `json:"files,omitempty"` // files: the protocol of each descriptor that comes along
-	Ended  int          `json:"ended,omitempty"` // serve, files, watch: how many descriptors have ended in this server's life
-	Reason string       `json:"reason,omitempty"`
-	Stats  *ServerStats `json:"stats,omitempty"`
+	Error   *wireError   `json:"failure,omitempty"`
+	Hello   *Hello       `json:"hello,omitempty"`
+	Version string       `json:"version,omitempty"` // ready: the program's
+	Files   []string     `json:"files,omitempty"`   // files: the protocol of each descriptor that comes along
+	Ended   int          `json:"ended,omitempty"`   // serve, files, watch: how many descriptors have ended in this server's life
+	Reason  string       `json:"reason,omitempty"`
+	Stats   *ServerStats `json:"stats,omitempty"`
+	Debug   *DebugInfo   `json:"debug,omitempty"`
 }
 
 const (

@@ -41,6 +41,35 @@ var scenarios = []scenario{
 		}
 		c.detach(image)
 	}},
+	{"upgrade", func(c *crashing, image string) {
+		newer := c.newProgram("newer")
+		c.attach(image)
+		birth := c.kernel.device(image).Birth
+		c.do("upgrade", func() error {
+			return second(c.client.Upgrade(c.ctx, image, UpgradeRequest{Binary: newer}))
+		}, block.ErrBusy)
+		c.waitServing(image, 0)
+		if at, err := c.client.Get(c.ctx, image); err != nil || c.crashes == 0 && at.Version != "newer" {
+			c.t.Errorf("upgraded: %+v, %v", at, err)
+		}
+		if c.kernel.device(image).Birth != birth {
+			c.t.Error("the device is another one")
+		}
+		c.detach(image)
+	}},
+	{"upgrade that fails", func(c *crashing, image string) {
+		broken := c.newProgram("cannot-open")
+		c.attach(image)
+		c.do("upgrade", func() error {
+			err := second(c.client.Upgrade(c.ctx, image, UpgradeRequest{Binary: broken}))
+			if errors.Is(err, block.ErrUnsupported) {
+				return nil
+			}
+			return fmt.Errorf("upgrade to a program that can't open: %w", err)
+		}, block.ErrBusy)
+		c.waitServing(image, 0)
+		c.detach(image)
+	}},
 	{"attach that fails", func(c *crashing, image string) {
 		c.write(image+".fail-open", "corrupt")
 		c.do("attach", func() error {

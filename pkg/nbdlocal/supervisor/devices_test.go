@@ -17,6 +17,7 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/keeper"
 )
 
 // onDevices runs a test with the real devices of each transport that works here.
@@ -107,6 +108,12 @@ func (h *harness) checkNoDevices(image string) {
 	if left := h.devices(); left != nil {
 		h.t.Errorf("left: %v", left)
 	}
+	h.eventually("the keeper's end", func() error {
+		if pids := h.keepers(); pids != nil {
+			return fmt.Errorf("keepers %v run", pids)
+		}
+		return nil
+	})
 	h.checkGone(image)
 }
 
@@ -129,6 +136,45 @@ func testDevice_ServerKilledUnderLoad(t *testing.T, h *harness) {
 	}
 	wait()
 	t.Logf("%d servers killed under load", kills)
+	h.detach(image)
+	h.checkNoDevices(image)
+}
+
+func TestDevice_UpgradedUnderLoad(t *testing.T) { onDevices(t, testDevice_UpgradedUnderLoad) }
+
+func testDevice_UpgradedUnderLoad(t *testing.T, h *harness) {
+	h.startHere()
+	image := h.newDisk("disk")
+	programs := []string{h.newProgram("odd"), h.newProgram("even"), h.newProgram("cannot-open")}
+	at := h.attach(image)
+	seconds, upgrades, failed := 5, 0, 0
+	if testing.Short() {
+		seconds = 3
+	}
+	wait := startFIO(t, at.Device, seconds)
+	rng := testenv.Rand(t)
+	var longest time.Duration
+	for end := time.Now().Add(time.Duration(seconds-1) * time.Second); time.Now().Before(end); {
+		time.Sleep(time.Duration(50+rng.IntN(200)) * time.Millisecond)
+		program := programs[(upgrades+failed)%len(programs)]
+		now, err := h.client.Upgrade(h.ctx, image, UpgradeRequest{Binary: program})
+		if filepath.Base(program) == "cannot-open" {
+			failed++
+			if !errors.Is(err, block.ErrUnsupported) {
+				t.Errorf("upgrade to a program that can't open: %v, want %v", err, block.ErrUnsupported)
+			}
+			now = h.waitPhase(image, Serving)
+			program = programs[1]
+		} else if upgrades++; err != nil {
+			t.Fatal(err)
+		}
+		if now.Version != filepath.Base(program) || now.PID == at.PID || now.Device != at.Device {
+			t.Fatalf("upgraded to %s: %+v, was %+v", program, now, at)
+		}
+		at, longest = now, max(longest, time.Duration(now.UpgradePauseMillis)*time.Millisecond)
+	}
+	wait()
+	t.Logf("%d upgrades and %d failed ones under load, the longest pause of the former %v", upgrades, failed, longest)
 	h.detach(image)
 	h.checkNoDevices(image)
 }
@@ -167,65 +213,168 @@ func testDevice_SupervisorKilledUnderLoad(t *testing.T, h *harness) {
 	h.checkNoDevices(image)
 }
 
-// When all processes are killed an nbd device waits for the next supervisor. A fuse
-// device cannot: it must not make its users wait then, and nothing may be left of it.
+// When all processes but the keeper are killed at once, requests wait for the next
+// supervisor.
 func TestDevice_AllKilled(t *testing.T) {
 	onDevices(t, func(t *testing.T, h *harness) {
 		h.startProcess()
 		image := h.newDisk("disk")
 		at := h.attach(image)
-		device, err := os.OpenFile(at.Device, os.O_RDWR|unix.O_DIRECT, 0)
-		if err != nil {
-			t.Fatal(err)
+		device, read := h.killAll(at)
+		select {
+		case err := <-read:
+			t.Errorf("a read did not wait: %v", err)
+		case <-time.After(time.Second):
 		}
-		defer device.Close()
-		h.kill()
-		killServer(t, at.PID)
-		read := make(chan error, 1)
-		go func() { read <- readSector(device) }()
-		if h.real == "fuse" {
-			checkLost(t, h, image, device, read)
-		} else {
-			checkSurvived(t, h, image, device, read)
+		h.startProcess()
+		h.waitRead(read, nil)
+		if now := h.waitPhase(image, Serving); now.PID == at.PID || now.Device != at.Device {
+			t.Errorf("recovered: %+v, was %+v", now, at)
 		}
+		device.Close()
+		h.detach(image)
 		h.checkNoDevices(image)
 	})
 }
 
-func checkLost(t *testing.T, h *harness, image string, device *os.File, read chan error) {
-	if err := <-read; err == nil {
-		t.Error("a device without a server can be read")
-	}
-	device.Close()
-	h.startProcess()
-	if lost := h.waitPhase(image, Lost); lost.Device != "" || lost.Problem == "" {
-		t.Errorf("lost: %+v", lost)
-	}
-	at := h.attach(image)
-	again, err := os.OpenFile(at.Device, os.O_RDWR|unix.O_DIRECT, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := readSector(again); err != nil {
-		t.Errorf("attached again: %v", err)
-	}
-	again.Close()
-	h.detach(image)
+// A fuse device whose keeper is killed, too, cannot wait: it must not make its users wait
+// then, and nothing may be left of it.
+func TestDevice_AllAndKeeperKilled(t *testing.T) {
+	onDevices(t, func(t *testing.T, h *harness) {
+		if h.real != "fuse" {
+			t.Skip("nothing needs to be kept for this transport")
+		}
+		h.startProcess()
+		image := h.newDisk("disk")
+		device, read := h.killAll(h.attach(image))
+		h.killKeeper()
+		h.waitRead(read, unix.EIO)
+		device.Close()
+		h.startProcess()
+		if lost := h.waitPhase(image, Lost); lost.Device != "" || lost.Problem == "" {
+			t.Errorf("lost: %+v", lost)
+		}
+		at := h.attach(image)
+		again, err := os.OpenFile(at.Device, os.O_RDWR|unix.O_DIRECT, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := readSector(again); err != nil {
+			t.Errorf("attached again: %v", err)
+		}
+		again.Close()
+		h.detach(image)
+		h.checkNoDevices(image)
+	})
 }
 
-func checkSurvived(t *testing.T, h *harness, image string, device *os.File, read chan error) {
+// killAll kills the supervisor, which is a process, and an attachment's server, and
+// returns the open device and what a read of it comes to.
+func (h *harness) killAll(at Attachment) (device *os.File, read chan error) {
+	h.t.Helper()
+	device, err := os.OpenFile(at.Device, os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() { device.Close() })
+	h.kill()
+	killServer(h.t, at.PID)
+	read = make(chan error, 1)
+	go func() { read <- readSector(device) }()
+	return device, read
+}
+
+func (h *harness) waitRead(read chan error, want error) {
+	h.t.Helper()
 	select {
 	case err := <-read:
-		t.Errorf("a read did not wait: %v", err)
-	case <-time.After(time.Second):
+		if !errors.Is(err, want) {
+			h.t.Errorf("the read that waited: %v, want %v", err, want)
+		}
+	case <-time.After(patience):
+		h.t.Fatalf("the read waits still after %v", patience)
 	}
+}
+
+// killKeeper kills the keeper, if there is one.
+func (h *harness) killKeeper() {
+	h.t.Helper()
+	for _, pid := range h.keepers() {
+		_ = unix.Kill(pid, unix.SIGKILL) // it may be gone already
+	}
+}
+
+// keepers returns the process ids of keepers of the supervisor's state directory.
+func (h *harness) keepers() (pids []int) {
+	h.t.Helper()
+	paths, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for _, path := range paths {
+		args, err := os.ReadFile(path)
+		if err == nil && strings.Contains(string(args), "\x00test-keeper\x00--dir\x00"+h.stateDir+"/") {
+			pid, _ := strconv.Atoi(strings.Split(path, "/")[2])
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// Server, supervisor and, at other times, the keeper are killed under load: nobody gets an
+// error, and nothing is left in the end.
+func TestDevice_EverybodyKilledUnderLoad(t *testing.T) {
+	onDevices(t, testDevice_EverybodyKilledUnderLoad)
+}
+
+func testDevice_EverybodyKilledUnderLoad(t *testing.T, h *harness) {
 	h.startProcess()
-	if err := <-read; err != nil {
-		t.Errorf("the read that waited: %v", err)
+	image := h.newDisk("disk")
+	at := h.attach(image)
+	seconds := 6
+	if testing.Short() {
+		seconds = 4
 	}
-	h.waitPhase(image, Serving)
-	device.Close()
+	wait := startFIO(t, at.Device, seconds)
+	rng := testenv.Rand(t)
+	together, keepers := 0, 0
+	for end := time.Now().Add(time.Duration(seconds-1) * time.Second); time.Now().Before(end); {
+		time.Sleep(time.Duration(50+rng.IntN(300)) * time.Millisecond)
+		if rng.IntN(3) == 0 {
+			h.killKeeper()
+			keepers++
+			if h.real == "fuse" {
+				// Until it is back, the others are all that holds the device.
+				h.eventually("another keeper that holds the device", func() error { return h.keptBy(image) })
+			}
+			continue
+		}
+		if rng.IntN(2) == 0 { // in either order
+			h.kill()
+			killServer(t, at.PID)
+		} else {
+			killServer(t, at.PID)
+			h.kill()
+		}
+		together++
+		h.startProcess()
+		at = h.waitRestart(image, at.PID)
+	}
+	wait()
+	t.Logf("server and supervisor killed %d times, the keeper %d times under load", together, keepers)
 	h.detach(image)
+	h.checkNoDevices(image)
+}
+
+// keptBy returns nil if a keeper holds the attachment's descriptor.
+func (h *harness) keptBy(image string) error {
+	client := keeper.NewClient(keeper.Config{Dir: filepath.Join(h.stateDir, "keeper")})
+	defer client.Close()
+	file, err := client.Get(h.ctx, dirName(image))
+	if err == nil {
+		file.Close()
+	}
+	return err
 }
 
 // readSector reads from a device past every cache.

@@ -73,6 +73,8 @@
 //	GET    /v1/attachments/{id}          → Attachment
 //	GET    /v1/attachments/{id}/stats    → ServerStats
 //	POST   /v1/attachments/{id}/resize   → Attachment   takes the server's current size
+//	POST   /v1/attachments/{id}/limits   LimitsRequest → Attachment
+//	GET    /v1/attachments/{id}/debug    → DebugInfo of the server
 //	DELETE /v1/attachments/{id}[?force=true]
 //	GET    /v1/status                    → Status: version, transports and why one can't
 //	POST   /v1/stop                      stops a supervisor that has no attachments
@@ -89,6 +91,8 @@
 //	files            → the descriptors being served, and their protocol
 //	watch ENDED      → answers when not ENDED descriptors have ended in the server's life
 //	stats            → counters
+//	limits LIMITS    have these limits count instead of the volume's own; null: those again
+//	debug            → stacks and memory
 //	stop             stop taking requests, flush, close the image, answer, exit
 //
 // One message is one request or its answer; a connection's requests are answered in

@@ -111,15 +111,32 @@ func spawnDaemon(cfg EnsureConfig, logPath string, lock *os.File) error {
 	return nil
 }
 
+// Replace is Ensure with a supervisor that is started now: if one runs, it is ended first,
+// and what is attached lives on. Until the new one answers, nobody restarts servers.
+func Replace(ctx context.Context, cfg EnsureConfig) (*Client, error) {
+	if err := end(ctx, cfg.StateDir, (*Client).Leave); err != nil {
+		return nil, err
+	}
+	return Ensure(ctx, cfg)
+}
+
 // Stop ends the supervisor of a state directory, also one that is only starting, and
 // returns once it has let go of the directory, or when ctx ends. nil also means that
 // there is none; block.ErrBusy means that it has attachments and goes on.
 func Stop(ctx context.Context, stateDir string) error {
+	return end(ctx, stateDir, (*Client).Stop)
+}
+
+// end asks a supervisor to end, in the way given, and waits until it has.
+func end(ctx context.Context, stateDir string, ask func(*Client, context.Context) error) error {
 	client := NewClient(SocketPath(stateDir))
 	var err error
 	for isLocked(stateDir) {
-		if err = client.Stop(ctx); err != nil && !errors.Is(err, ErrNotRunning) {
-			return err
+		if err = ask(client, ctx); err != nil && !errors.Is(err, ErrNotRunning) {
+			if ctx.Err() == nil {
+				return err
+			}
+			err = ErrNotRunning // as far as can be told by now
 		}
 		select {
 		case <-ctx.Done():

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -169,6 +170,17 @@ func (h *harness) eventually(what string, f func() error) {
 func (h *harness) newImage(name string) string {
 	path := filepath.Join(h.dir, name)
 	h.write(path, strings.Repeat("x", imageBytes))
+	return path
+}
+
+// newProgram makes a copy of this test's binary, which serves under its name as version.
+func (h *harness) newProgram(name string) string {
+	h.t.Helper()
+	path := filepath.Join(h.dir, name)
+	// Not by this process, whose children would hold it open for writing.
+	if out, err := exec.Command("cp", "--reflink=auto", "/proc/"+strconv.Itoa(os.Getpid())+"/exe", path).CombinedOutput(); err != nil {
+		h.t.Fatalf("copy of this binary: %v: %s", err, out)
+	}
 	return path
 }
 

@@ -83,6 +83,30 @@ func (s *Supervisor) routes() http.Handler {
 	handle("POST /v1/attachments/{id}/resize", func(r *http.Request) (any, error) {
 		return s.resize(r.Context(), r.PathValue("id"))
 	})
+	handle("POST /v1/attachments/{id}/upgrade", func(r *http.Request) (any, error) {
+		var req UpgradeRequest
+		if err := decodeOptional(r, &req); err != nil {
+			return nil, fmt.Errorf("upgrade: %w", err)
+		}
+		return s.upgrade(r.Context(), r.PathValue("id"), req)
+	})
+	handle("POST /v1/upgrade", func(r *http.Request) (any, error) {
+		var req UpgradeRequest
+		if err := decodeOptional(r, &req); err != nil {
+			return nil, fmt.Errorf("upgrade: %w", err)
+		}
+		return s.upgradeAll(r.Context(), req)
+	})
+	handle("POST /v1/attachments/{id}/limits", func(r *http.Request) (any, error) {
+		var req LimitsRequest
+		if err := json.NewDecoder(io.LimitReader(r.Body, maxRequestBytes)).Decode(&req); err != nil {
+			return nil, fmt.Errorf("limits: request body: %w: %w", err, block.ErrInvalid)
+		}
+		return s.limits(r.Context(), r.PathValue("id"), req)
+	})
+	handle("GET /v1/attachments/{id}/debug", func(r *http.Request) (any, error) {
+		return s.debug(r.Context(), r.PathValue("id"))
+	})
 	handle("DELETE /v1/attachments/{id}", func(r *http.Request) (any, error) {
 		force, err := parseForce(r.URL.Query().Get("force"))
 		if err != nil {
@@ -93,8 +117,12 @@ func (s *Supervisor) routes() http.Handler {
 	handle("GET /v1/status", func(r *http.Request) (any, error) {
 		return s.status(r.Context()), nil
 	})
-	mux.HandleFunc("POST /v1/stop", func(w http.ResponseWriter, _ *http.Request) {
-		err := s.stopIdle()
+	mux.HandleFunc("POST /v1/stop", func(w http.ResponseWriter, r *http.Request) {
+		var req stopRequest
+		err := decodeOptional(r, &req)
+		if err == nil {
+			err = s.prepareStop(req.Keep)
+		}
 		if err == nil {
 			s.closeDoor() // who asks after this answer shall not find us
 		}
@@ -103,10 +131,22 @@ func (s *Supervisor) routes() http.Handler {
 			s.stop()
 		}
 	})
+	for _, extra := range s.extra {
+		mux.Handle(extra.pattern, extra.handler)
+	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		respond(w, nil, fmt.Errorf("%s %.200q is no operation of this supervisor: %w", r.Method, r.URL.EscapedPath(), block.ErrUnsupported))
 	})
 	return mux
+}
+
+// decodeOptional decodes a request's body, if it has one.
+func decodeOptional(r *http.Request, into any) error {
+	err := json.NewDecoder(io.LimitReader(r.Body, maxRequestBytes)).Decode(into)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("request body: %w: %w", err, block.ErrInvalid)
+	}
+	return nil
 }
 
 func parseForce(value string) (bool, error) {

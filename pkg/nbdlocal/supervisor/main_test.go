@@ -20,6 +20,8 @@ import (
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/filter"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/keeper"
 )
 
 // The test binary is also the supervisor's and the servers' binary.
@@ -28,6 +30,8 @@ func TestMain(m *testing.M) {
 		switch os.Args[1] {
 		case "test-server":
 			os.Exit(exitStatus(serverMain(os.Args[2:])))
+		case "test-keeper":
+			os.Exit(exitStatus(keeper.Run(os.Args[3], func() error { return nil })))
 		case "test-supervisor":
 			os.Exit(exitStatus(supervisorMain(os.Args[2:])))
 		}
@@ -63,7 +67,8 @@ func parseArgs(args []string) map[string]string {
 func serverMain(args []string) error {
 	values := parseArgs(args)
 	open := func(ctx context.Context) (Opened, error) { return openTestDevice(ctx, values["image"]) }
-	return RunServer(context.Background(), values["control"], open, testProtocols())
+	cfg := ServerConfig{Control: values["control"], Version: testVersion(), Open: open, Protocols: testProtocols()}
+	return RunServer(context.Background(), cfg)
 }
 
 // testProtocols adds to the real protocols "fake", which serves nothing until a byte
@@ -83,6 +88,15 @@ func testProtocols() map[string]Protocol {
 	return protocols
 }
 
+// testVersion is the name of the file that this process was started from.
+func testVersion() string {
+	path, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return err.Error()
+	}
+	return filepath.Base(strings.TrimSuffix(path, " (deleted)"))
+}
+
 // testDevice is a raw image file. A file IMAGE.fail-close makes Close fail.
 type testDevice struct {
 	f     *os.File
@@ -95,6 +109,9 @@ type testDevice struct {
 func openTestDevice(ctx context.Context, image string) (Opened, error) {
 	if kind, err := os.ReadFile(image + ".fail-open"); err == nil {
 		return Opened{}, (&wireError{Message: "open " + image + ": told to fail: " + string(kind), Kind: string(kind)}).err()
+	}
+	if testVersion() == "cannot-open" {
+		return Opened{}, fmt.Errorf("open %s: this program can't: %w", image, block.ErrUnsupported)
 	}
 	for {
 		if _, err := os.Stat(image + ".slow-open"); err != nil || ctx.Err() != nil {
@@ -121,7 +138,19 @@ func openTestDevice(ctx context.Context, image string) (Opened, error) {
 			time.Sleep(10 * time.Millisecond)
 		}
 	}()
-	return Opened{Device: &testDevice{f, image}, Lost: lost, Stats: func() any { return map[string]int{"opens": 1} }}, nil
+	return Opened{
+		Device: &testDevice{f, image}, Lost: lost, Stats: func() any { return map[string]int{"opens": 1} },
+		Image:  func() ImageStats { return ImageStats{Layers: 1} },
+		Limits: func() filter.Limits { return testLimits(image) },
+	}, nil
+}
+
+// testLimits returns the limits that a test's device asks for: IMAGE.iops.
+func testLimits(image string) (limits filter.Limits) {
+	if text, err := os.ReadFile(image + ".iops"); err == nil {
+		limits.IOPS, _ = strconv.ParseInt(string(text), 10, 64)
+	}
+	return limits
 }
 
 func event(image, what string) {
@@ -200,6 +229,7 @@ func testConfig(values map[string]string, log io.Writer) Config {
 		StateDir:     values["stateDir"],
 		Env:          []string{testEnv},
 		Transports:   transports,
+		KeeperArgs:   []string{"test-keeper"},
 		Version:      "test",
 		Log:          slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		StartTimeout: 20 * time.Second,

@@ -22,12 +22,27 @@ import (
 
 // Files of an attachment's directory.
 const (
-	recordFile  = "record.json"
-	controlFile = "server.sock"
-	lockFile    = "server.lock"
-	logFile     = "server.log"
-	oldLogFile  = "server.log.old"
+	recordFile = "record.json"
+	logFile    = "server.log"
+	oldLogFile = "server.log.old"
 )
+
+// seat is one of the two places for a server that an attachment's directory has, so that
+// a successor can be there while the server that it is to replace still serves.
+type seat int
+
+func (s seat) other() seat { return 1 - s }
+
+// lockPath and controlPath are the server's lock and control socket.
+func (s seat) lockPath(dir string) string    { return s.path(dir, ".lock") }
+func (s seat) controlPath(dir string) string { return s.path(dir, ".sock") }
+
+func (s seat) path(dir, kind string) string {
+	if s == 0 {
+		return filepath.Join(dir, "server"+kind)
+	}
+	return filepath.Join(dir, fmt.Sprintf("server-%d%s", s, kind))
+}
 
 const (
 	// socketPoll is how often a new server is tried until its socket is there.
@@ -40,15 +55,15 @@ const (
 	maxLogBytes = 1 << 20
 )
 
-// lockServer takes the lock that says that a server runs for the attachment whose
+// lockServer takes the lock that says that a server has a seat of the attachment whose
 // directory is dir; block.ErrLocked if one does.
 //
 // The lock is an open file description's: the supervisor takes it before it starts a
 // server, which inherits it and holds it until its last thread is gone. So there is
 // no moment at which a server exists, or may come to exist, that a later supervisor
 // would not see, and no process id to mistake.
-func lockServer(dir string) (*os.File, error) {
-	path := filepath.Join(dir, lockFile)
+func lockServer(dir string, seat seat) (*os.File, error) {
+	path := seat.lockPath(dir)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open server lock: %w", err)
@@ -75,14 +90,14 @@ type process struct {
 }
 
 // spawn starts binary with args as a session of its own; dir is the attachment's
-// directory, whose server lock is lock.
-func spawn(binary string, args, env []string, dir string, lock *os.File) (*process, error) {
+// directory, and lock the lock of the seat in it.
+func spawn(binary string, args, env []string, dir string, seat seat, lock *os.File) (*process, error) {
 	log, err := openLog(dir)
 	if err != nil {
 		return nil, err
 	}
 	defer log.Close()
-	control := filepath.Join(dir, controlFile)
+	control := seat.controlPath(dir)
 	cmd := exec.Command(binary, append(append([]string(nil), args...), "--control", control)...)
 	cmd.Args[0] = "csi-imgdisk"
 	cmd.Dir = "/"
@@ -122,10 +137,10 @@ func openLog(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// findProcess returns the server that an earlier supervisor started for the
+// findProcess returns the server that an earlier supervisor started in a seat of the
 // attachment in dir, nil if there is none. pid and start are what was recorded of it.
-func findProcess(dir string, pid int, start uint64) (*process, error) {
-	lock, err := lockServer(dir)
+func findProcess(dir string, seat seat, pid int, start uint64) (*process, error) {
+	lock, err := lockServer(dir, seat)
 	if err == nil {
 		lock.Close()
 		return nil, nil
@@ -133,7 +148,7 @@ func findProcess(dir string, pid int, start uint64) (*process, error) {
 	if !errors.Is(err, block.ErrLocked) {
 		return nil, err
 	}
-	control := filepath.Join(dir, controlFile)
+	control := seat.controlPath(dir)
 	p, dialErr := processBehind(control)
 	if dialErr == nil {
 		return p, nil
@@ -337,6 +352,15 @@ func (p *process) dial(ctx context.Context) (controlConn, error) {
 	}
 }
 
+// ready returns once the process has come as far as it can without its device, with the
+// program's version.
+func (p *process) ready(ctx context.Context) (version string, err error) {
+	resp, files, err := p.call(ctx, controlRequest{Op: opReady}, nil)
+	closeFiles(files)
+	return resp.Version, err
+}
+
+// hello has the device opened, if it is not yet, and returns once it is.
 func (p *process) hello(ctx context.Context) (Hello, error) {
 	resp, files, err := p.call(ctx, controlRequest{Op: opHello}, nil)
 	closeFiles(files)

@@ -16,7 +16,8 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
 )
 
-const recordVersion = 1
+// recordVersion 2 has seats; a record of version 1 is one of seat 0.
+const recordVersion = 2
 
 // record is what is persisted of an attachment. It changes before what it allows is
 // done: a record says what may exist, never less.
@@ -29,6 +30,11 @@ type record struct {
 	// Kernel is what the transport persisted of the kernel's objects; nil before
 	// it did and once they are gone.
 	Kernel *attach.State `json:"kernel,omitempty"`
+	// Seat is the server's. Who runs in the other one waits for a turn that has not
+	// come.
+	Seat seat `json:"seat,omitempty"`
+	// Binary is the program that servers are started from; "" is the supervisor's own.
+	Binary string `json:"binary,omitempty"`
 	// PID and PIDStart name the last server started, for people and for killing one
 	// that does not answer. What says whether one runs is its lock.
 	PID      int    `json:"pid,omitempty"`
@@ -55,8 +61,12 @@ func loadRecord(dir string) (record, error) {
 	if err := json.Unmarshal(content, &r); err != nil {
 		return record{}, fmt.Errorf("attachment record %s: %w: %w", path, err, block.ErrCorrupt)
 	}
-	if r.Version != recordVersion {
-		return record{}, fmt.Errorf("attachment record %s has version %d, want %d: %w", path, r.Version, recordVersion, block.ErrUnsupported)
+	if r.Version < 1 || r.Version > recordVersion {
+		return record{}, fmt.Errorf("attachment record %s has version %d, want 1 to %d: %w", path, r.Version, recordVersion, block.ErrUnsupported)
+	}
+	r.Version = recordVersion
+	if r.Seat != 0 && r.Seat != 1 {
+		return record{}, fmt.Errorf("attachment record %s names seat %d, want 0 or 1: %w", path, r.Seat, block.ErrCorrupt)
 	}
 	if filepath.Base(dir) != dirName(r.Request.ID) {
 		return record{}, fmt.Errorf("attachment record %s is of %q, which has another directory: %w", path, r.Request.ID, block.ErrCorrupt)

@@ -2,7 +2,6 @@ package supervisor
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +16,7 @@ import (
 	"time"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/filter"
 )
 
 // Opened is what a server serves.
@@ -26,11 +26,19 @@ type Opened struct {
 	// Lost, if not nil, delivers the reason why the device must not be served any
 	// longer, by this process or a successor, such as block.ErrFenced.
 	Lost <-chan error
-	// Stats, if not nil, returns counters that can be encoded as JSON.
+	// Stats, if not nil, returns counters that can be encoded as JSON. Like Image, it
+	// may be called while the device is being closed and after that, and may hang.
 	Stats func() any
+	// Image, if not nil, returns what the device tells of itself.
+	Image func() ImageStats
+	// Limits, if not nil, returns the limits that the volume itself asks for, without
+	// waiting for anything. They may change.
+	Limits func() filter.Limits
 }
 
-// OpenFunc opens a server's device. It is called once and stops trying when ctx ends.
+// OpenFunc opens a server's device. It is called at most once, when somebody first asks
+// for the device: a server that is to replace another is started before its turn has
+// come. It stops trying when ctx ends.
 type OpenFunc func(ctx context.Context) (Opened, error)
 
 // ServeFunc serves a device on one descriptor until the kernel (or client) at the
@@ -55,10 +63,21 @@ const (
 	maxControlConns = 32
 )
 
+// ServerConfig is what a server's process is made of.
+type ServerConfig struct {
+	// Control is the path of the control socket, as the supervisor gave it.
+	Control string
+	// Version of the program, for people.
+	Version string
+	Open    OpenFunc
+	// Protocols by name, as transports call them.
+	Protocols map[string]Protocol
+}
+
 // RunServer is the body of a volume's server process. It listens on the control
-// socket, opens the device, and serves descriptors by the protocols it was given
-// until the supervisor stops it, until the device is lost, or until ctx ends, which
-// is a stop whatever is being served. It handles SIGTERM and SIGINT itself and obeys
+// socket, opens the device when it is first asked for it, and serves descriptors by the
+// protocols it was given until the supervisor stops it, until the device is lost, or
+// until ctx ends, which is a stop whatever is being served. It handles SIGTERM and SIGINT itself and obeys
 // them only when nothing is being served: a node that drains signals everybody at
 // once, and a volume in use is stopped by its supervisor, after its users.
 //
@@ -69,9 +88,9 @@ const (
 // It returns nil after a stop with everything durable and the device closed. The
 // outcome is also left in a file beside the control socket, for a supervisor that
 // was away.
-func RunServer(ctx context.Context, control string, open OpenFunc, protocols map[string]Protocol) error {
+func RunServer(ctx context.Context, cfg ServerConfig) error {
 	prepareProcess()
-	listener, err := listenUnix("unixpacket", control)
+	listener, err := listenUnix("unixpacket", cfg.Control)
 	if err != nil {
 		return err
 	}
@@ -80,10 +99,10 @@ func RunServer(ctx context.Context, control string, open OpenFunc, protocols map
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	defer signal.Stop(signals)
 
-	s := newServer(protocols)
+	s := newServer(cfg)
 	go s.accept(listener)
-	outcome := s.run(ctx, open, signals)
-	if err := writeExit(control, outcome); err != nil {
+	outcome := s.run(ctx, cfg.Open, signals)
+	if err := writeExit(cfg.Control, outcome); err != nil {
 		slog.Error("the server's outcome cannot be recorded", "error", err)
 	}
 	s.announce(outcome.Error.err())
@@ -105,8 +124,12 @@ func writeExit(control string, outcome exitRecord) error {
 
 // server is the state of one RunServer.
 type server struct {
+	version   string
 	protocols map[string]Protocol
 	since     time.Time
+
+	wanted   chan struct{} // closed once somebody asks for the device
+	wantOnce sync.Once
 
 	stop    context.Context // ends when a stop is due
 	doStop  context.CancelFunc
@@ -116,6 +139,8 @@ type server struct {
 	opened  chan struct{} // closed once device and openErr are set
 	device  Opened
 	openErr error
+
+	instruments instruments // of the device; see instruments.go
 
 	ended chan struct{} // closed once outcome is set
 	final error
@@ -138,9 +163,11 @@ type served struct {
 	file     *os.File
 }
 
-func newServer(protocols map[string]Protocol) *server {
+func newServer(cfg ServerConfig) *server {
 	s := &server{
-		protocols: protocols,
+		version:   cfg.Version,
+		protocols: cfg.Protocols,
+		wanted:    make(chan struct{}),
 		opened:    make(chan struct{}),
 		ended:     make(chan struct{}),
 		funcs:     map[string]ServeFunc{},
@@ -166,12 +193,30 @@ func (s *server) run(ctx context.Context, open OpenFunc, signals <-chan os.Signa
 	return exitRecord{Closed: closeErr == nil, Error: toWire(closeErr)}
 }
 
-// open calls f, and obeys signals meanwhile: nothing is being served yet.
+// want has the device opened.
+func (s *server) want() { s.wantOnce.Do(func() { close(s.wanted) }) }
+
+// open calls f once the device is wanted, and obeys signals until it is open: nothing is
+// being served yet.
 func (s *server) open(f OpenFunc, signals <-chan os.Signal) (Opened, error) {
+	select {
+	case <-s.wanted:
+	case <-signals:
+		s.doStop()
+	case <-s.stop.Done():
+	}
+	if s.stop.Err() != nil {
+		s.openErr = fmt.Errorf("the server was told to end before it opened its device: %w", block.ErrClosed)
+		close(s.opened)
+		return Opened{}, s.openErr
+	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		s.device, s.openErr = f(s.stop)
+		if s.openErr == nil {
+			s.instrument()
+		}
 	}()
 	for {
 		select {
@@ -212,6 +257,7 @@ func (s *server) close(device Opened) error {
 	s.mu.Lock()
 	s.refusing = true
 	s.mu.Unlock()
+	s.instruments.limiter.Lift()
 	s.doDrain()
 	drained := make(chan struct{})
 	go func() { s.serves.Wait(); close(drained) }()
@@ -291,9 +337,13 @@ func (s *server) handle(req controlRequest, files []*os.File) (controlResponse, 
 		closeFiles(files)
 	}
 	switch req.Op {
+	case opReady:
+		return controlResponse{Version: s.version}, nil, nil
 	case opHello:
+		s.want()
 		return s.hello()
 	case opServe:
+		s.want()
 		return s.serve(req.Protocol, files)
 	case opFiles:
 		return s.files()
@@ -301,6 +351,10 @@ func (s *server) handle(req controlRequest, files []*os.File) (controlResponse, 
 		return s.watch(req.Ended)
 	case opStats:
 		return s.stats()
+	case opLimits:
+		return controlResponse{}, nil, s.setLimits(req.Limits)
+	case opDebug:
+		return controlResponse{Debug: debugInfo(s.version)}, nil, nil
 	case opStop:
 		s.doStop()
 		<-s.ended
@@ -324,7 +378,7 @@ func (s *server) hello() (controlResponse, []*os.File, error) {
 	if s.refusing {
 		return controlResponse{}, nil, fmt.Errorf("hello: the server is stopping: %w", block.ErrClosed)
 	}
-	return controlResponse{Hello: &Hello{Protocol: ServerProtocol, PID: os.Getpid(), Info: s.device.Device.Info()}}, nil, nil
+	return controlResponse{Hello: &Hello{Protocol: ServerProtocol, PID: os.Getpid(), Version: s.version, Info: s.device.Device.Info()}}, nil, nil
 }
 
 // serve starts serving descriptors: all of them, or none and an error.
@@ -430,19 +484,20 @@ func (s *server) watch(known int) (controlResponse, []*os.File, error) {
 }
 
 func (s *server) stats() (controlResponse, []*os.File, error) {
-	if err := s.waitOpen(); err != nil {
-		return controlResponse{}, nil, err
+	select {
+	case <-s.opened:
+	default: // who asks regularly must not pile up
+		return controlResponse{}, nil, fmt.Errorf("stats: the device is not open yet: %w", block.ErrBusy)
 	}
-	s.mu.Lock() // keeps the device open
-	defer s.mu.Unlock()
+	if s.openErr != nil {
+		return controlResponse{}, nil, s.openErr
+	}
 	stats := &ServerStats{Since: s.since, Serving: map[string]int{}}
-	if s.device.Stats != nil && !s.refusing {
-		device, err := json.Marshal(s.device.Stats())
-		if err != nil {
-			return controlResponse{}, nil, fmt.Errorf("stats: %w", err)
-		}
-		stats.Device = device
+	if err := s.instruments.readInto(stats); err != nil {
+		return controlResponse{}, nil, fmt.Errorf("stats: %w", err)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for _, entry := range s.served {
 		stats.Serving[entry.protocol]++
 	}

@@ -28,12 +28,12 @@ func newServerProcess(t *testing.T) (p *process, image string) {
 	if err := os.WriteFile(image, make([]byte, imageBytes), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	lock, err := lockServer(dir)
+	lock, err := lockServer(dir, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer lock.Close()
-	p, err = spawn(os.Args[0], []string{"test-server", "image=" + image}, []string{testEnv}, dir, lock)
+	p, err = spawn(os.Args[0], []string{"test-server", "image=" + image}, []string{testEnv}, dir, 0, lock)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -211,17 +211,24 @@ func TestServer_SignalsWhenIdle(t *testing.T) {
 }
 
 func TestRunServer_ContextEnds(t *testing.T) {
-	control := filepath.Join(t.TempDir(), controlFile)
+	control := seat(0).controlPath(t.TempDir())
 	ctx, cancel := context.WithCancel(context.Background())
 	open := func(ctx context.Context) (Opened, error) {
 		cancel()
 		<-ctx.Done()
 		return Opened{}, fmt.Errorf("open: %w", ctx.Err())
 	}
-	if err := RunServer(ctx, control, open, nil); err == nil || !strings.Contains(err.Error(), "open: context canceled") {
+	cfg := ServerConfig{Control: control, Open: open}
+	p := newProcess(os.Getpid(), control)
+	hello := make(chan error, 1)
+	go func() { hello <- second(p.hello(testContext(t))) }()
+	if err := RunServer(ctx, cfg); err == nil || !strings.Contains(err.Error(), "open: context canceled") {
 		t.Errorf("a server told to stop while it opens: %v", err)
 	}
-	if err := RunServer(context.Background(), control, open, nil); !errors.Is(err, unix.EADDRINUSE) {
+	if err := <-hello; err == nil || !strings.Contains(err.Error(), "open: context canceled") {
+		t.Errorf("who asked for its device heard %v", err)
+	}
+	if err := RunServer(context.Background(), cfg); !errors.Is(err, unix.EADDRINUSE) {
 		t.Errorf("a second server on a control socket: %v", err)
 	}
 }
@@ -233,7 +240,7 @@ func TestProcess_Found(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := filepath.Dir(image)
-	found, err := findProcess(dir, 0, 0)
+	found, err := findProcess(dir, 0, 0, 0)
 	if err != nil || found.pid != p.pid || found.start != p.start {
 		t.Fatalf("found %+v, %v; want %+v", found, err, p)
 	}
@@ -241,10 +248,10 @@ func TestProcess_Found(t *testing.T) {
 	if err := os.Remove(p.control); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := findProcess(dir, p.pid, p.start+1); !errors.Is(err, os.ErrNotExist) {
+	if _, err := findProcess(dir, 0, p.pid, p.start+1); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("another process with its id is taken for it: %v", err)
 	}
-	if found, err = findProcess(dir, p.pid, p.start); err != nil || found.pid != p.pid {
+	if found, err = findProcess(dir, 0, p.pid, p.start); err != nil || found.pid != p.pid {
 		t.Fatalf("by its id: %+v, %v", found, err)
 	}
 	if err := found.destroy(); err != nil {
@@ -256,7 +263,7 @@ func TestProcess_Found(t *testing.T) {
 	if err := p.waitGone(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if found, err = findProcess(dir, p.pid, p.start); err != nil || found != nil {
+	if found, err = findProcess(dir, 0, p.pid, p.start); err != nil || found != nil {
 		t.Errorf("a dead server is found: %+v, %v", found, err)
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
@@ -116,6 +115,7 @@ func (a *attachment) hooks(p *process) attach.Hooks {
 	return attach.Hooks{
 		Serve: func(ctx context.Context, protocol string, files []*os.File) error {
 			a.s.at("transport: before serve")
+			a.keep(protocol, files)
 			ended, err := p.serve(ctx, protocol, files)
 			if err != nil {
 				return err
@@ -172,6 +172,7 @@ func (a *attachment) abort(ctx context.Context) error {
 		return fmt.Errorf("remove device %s: %w", a.rec.Kernel.Device, err)
 	}
 	a.s.at("abort: done")
+	a.dropKept()
 	a.rec.Kernel = nil
 	return a.save()
 }
@@ -203,8 +204,13 @@ func (a *attachment) adopt(ctx context.Context) error {
 			return err
 		}
 	}
-	err := a.transport.Adopt(ctx, *a.rec.Kernel, files)
-	closeFiles(files)
+	offered, err := a.withKept(ctx, files)
+	if err == nil {
+		if err = a.transport.Adopt(ctx, *a.rec.Kernel, offered); err == nil {
+			a.keep(a.rec.Kernel.Transport, offered)
+		}
+	}
+	closeFiles(offered)
 	if errors.Is(err, block.ErrNotFound) {
 		return a.adoptNothing(ctx, err)
 	}
@@ -214,6 +220,11 @@ func (a *attachment) adopt(ctx context.Context) error {
 	a.s.at("adopt: adopted")
 	a.adopted = true
 	if a.proc != nil && len(files) > 0 && len(files) >= a.rec.Kernel.Conns && a.rec.Phase != Recovering {
+		hello, err := a.proc.hello(ctx)
+		if err != nil {
+			return err
+		}
+		a.version = hello.Version
 		a.log.Info("adopted", "device", a.rec.Kernel.Device, "pid", a.proc.pid)
 		return a.nowServing()
 	}
@@ -243,7 +254,7 @@ func (a *attachment) recover(ctx context.Context) error {
 	if err := a.destroyServer(errSucceeded); err != nil {
 		return err
 	}
-	if outcome, ok := readExit(filepath.Join(a.dir, controlFile)); ok && outcome.Lost {
+	if outcome, ok := readExit(a.control()); ok && outcome.Lost {
 		return a.lose(ctx, outcome.Error.err())
 	}
 	a.restarts++
@@ -252,9 +263,11 @@ func (a *attachment) recover(ctx context.Context) error {
 		return a.lose(ctx, err)
 	}
 	if err != nil {
+		a.fails++
 		return err
 	}
 	if err := a.checkSuccessor(hello.Info); err != nil {
+		a.fails++
 		return errors.Join(err, a.endServer(ctx))
 	}
 	procCtx, cancel := a.proc.while(ctx)
@@ -268,6 +281,7 @@ func (a *attachment) recover(ctx context.Context) error {
 		return errors.Join(err, a.destroyServer(err))
 	}
 	a.s.at("recover: recovered")
+	a.recoveries++
 	if err := a.nowServing(); err != nil {
 		return err
 	}
@@ -292,7 +306,7 @@ func (a *attachment) checkSuccessor(info block.Info) error {
 // lose gives the device up: the kernel dropped it, or another node owns the volume.
 func (a *attachment) lose(ctx context.Context, cause error) error {
 	a.rec.Fenced = errors.Is(cause, block.ErrFenced)
-	if outcome, ok := readExit(filepath.Join(a.dir, controlFile)); ok && outcome.Lost {
+	if outcome, ok := readExit(a.control()); ok && outcome.Lost {
 		a.rec.Fenced, cause = true, outcome.Error.err()
 	}
 	a.log.Error("the device is lost", "device", a.rec.Kernel.Device, "cause", cause)
@@ -451,17 +465,20 @@ func (a *attachment) finish(ctx context.Context) error {
 func (a *attachment) closeImage(ctx context.Context) error {
 	if a.proc != nil && a.proc.alive() {
 		a.s.at("detach: before stop")
+		if !a.rec.Fenced {
+			_, _ = a.proc.hello(ctx) // one that was only just started has not opened it yet
+		}
 		err := a.proc.stop(ctx)
 		if a.proc.alive() {
 			return err
 		}
 		a.setProcess(nil)
-		if outcome, ok := readExit(filepath.Join(a.dir, controlFile)); ok && err != nil {
+		if outcome, ok := readExit(a.control()); ok && err != nil {
 			return outcome.Error.err() // it could not close the image, and said so
 		}
 	}
 	a.setProcess(nil)
-	outcome, _ := readExit(filepath.Join(a.dir, controlFile))
+	outcome, _ := readExit(a.control())
 	if outcome.Closed || a.rec.Fenced {
 		return nil
 	}

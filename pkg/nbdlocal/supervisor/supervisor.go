@@ -16,6 +16,7 @@ import (
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/keeper"
 )
 
 // Config configures a supervisor.
@@ -28,6 +29,10 @@ type Config struct {
 	Binary string
 	// Env is added to a server's environment.
 	Env []string
+	// KeeperArgs are the arguments with which Binary is run to keep descriptors (see
+	// package keeper), to which "--dir DIR" is appended; nil: no keeper runs, and a
+	// fuse device is lost when its server and its supervisor die together.
+	KeeperArgs []string
 	// Transports in order of preference; one at least.
 	Transports []attach.Transport
 	// Version is what Status tells.
@@ -58,6 +63,9 @@ type Supervisor struct {
 	works   map[string]bool // transports that have proved to work; guarded by probing
 
 	lives sync.WaitGroup // attachments' goroutines
+
+	keeper *keeper.Client // nil without; set by Run
+	extra  []extraHandler // beside the API; see Handle
 
 	mu          sync.Mutex
 	ctx         context.Context // ends when Run is to end
@@ -128,6 +136,10 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("supervisor: %w", err)
 	}
+	if s.cfg.KeeperArgs != nil {
+		s.keeper = keeper.NewClient(s.keeperConfig())
+		defer s.keeper.Close()
+	}
 	for _, a := range left {
 		s.start(a)
 	}
@@ -140,6 +152,14 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	s.lives.Wait()
 	s.cfg.Log.Info("supervisor ends; servers and devices live on")
 	return err
+}
+
+func (s *Supervisor) keeperConfig() keeper.Config {
+	dir := filepath.Join(s.cfg.StateDir, "keeper")
+	return keeper.Config{
+		Dir: dir, Binary: s.cfg.Binary, Args: append(slices.Clone(s.cfg.KeeperArgs), "--dir", dir),
+		Env: s.cfg.Env, Log: s.cfg.Log,
+	}
 }
 
 // lock makes sure that there is one supervisor for a state directory.
@@ -205,11 +225,13 @@ func (s *Supervisor) load() ([]*attachment, error) {
 // removeStale removes a directory that no server and no device belongs to.
 func (s *Supervisor) removeStale(dir, why string) error {
 	s.cfg.Log.Info("attachment's directory removed", "directory", dir, "because", why)
-	lock, err := lockServer(dir)
-	if err != nil {
-		return err
+	for _, seat := range []seat{0, 1} {
+		lock, err := lockServer(dir, seat)
+		if err != nil {
+			return err
+		}
+		defer lock.Close()
 	}
-	defer lock.Close()
 	return removeDir(dir)
 }
 
@@ -309,6 +331,13 @@ func (s *Supervisor) resize(ctx context.Context, id string) (Attachment, error) 
 	return s.submit(ctx, id, &command{kind: cmdResize})
 }
 
+func (s *Supervisor) upgrade(ctx context.Context, id string, req UpgradeRequest) (Attachment, error) {
+	if err := req.validate(); err != nil {
+		return Attachment{}, err
+	}
+	return s.submit(ctx, id, &command{kind: cmdUpgrade, binary: req.Binary})
+}
+
 func (s *Supervisor) find(id string) (*attachment, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -365,11 +394,12 @@ func (s *Supervisor) status(ctx context.Context) Status {
 	return status
 }
 
-// stopIdle ends a supervisor that has no attachments.
-func (s *Supervisor) stopIdle() error {
+// prepareStop lets nothing new begin; a supervisor that has attachments only goes if they
+// are to live on without it.
+func (s *Supervisor) prepareStop(keep bool) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if n := len(s.attachments); n > 0 {
+	if n := len(s.attachments); n > 0 && !keep {
 		return fmt.Errorf("stop supervisor: %d volumes are attached; detach them first: %w", n, block.ErrBusy)
 	}
 	s.stopping = true
@@ -399,8 +429,8 @@ func (s *Supervisor) transport(name string) attach.Transport {
 	return nil
 }
 
-// pickTransport returns the transport with a name, or the first that works if name
-// is "".
+// pickTransport returns the transport with a name, or, if name is "", the first that
+// works and is not reluctant.
 func (s *Supervisor) pickTransport(ctx context.Context, name string) (attach.Transport, error) {
 	var names, problems []string
 	for _, t := range s.cfg.Transports {
@@ -409,6 +439,9 @@ func (s *Supervisor) pickTransport(ctx context.Context, name string) (attach.Tra
 			continue
 		}
 		err := s.probe(ctx, t)
+		if reluctant, ok := t.(attach.Reluctant); ok && err == nil && name == "" {
+			err = reluctant.Reluctance(ctx)
+		}
 		if err == nil {
 			return t, nil
 		}

@@ -616,7 +616,7 @@ func TestSuccession_AfterReboot(t *testing.T) {
 	killServer(t, at.PID)
 	dir := filepath.Join(h.stateDir, "attachments", dirName(image))
 	h.eventually("the server's end", func() error {
-		lock, err := lockServer(dir)
+		lock, err := lockServer(dir, 0)
 		if err == nil {
 			lock.Close()
 		}
@@ -646,8 +646,9 @@ func TestSuccession_AfterReboot(t *testing.T) {
 func TestSuccession_UnreadableRecord(t *testing.T) {
 	h := newHarness(t)
 	for content, want := range map[string]error{
-		`{"version":2}`: block.ErrUnsupported,
-		`{"version":1`:  block.ErrCorrupt,
+		`{"version":3}`:          block.ErrUnsupported,
+		`{"version":2,"seat":2}`: block.ErrCorrupt,
+		`{"version":1`:           block.ErrCorrupt,
 		`{"version":1,"request":{"id":"other"},"phase":"serving"}`: block.ErrCorrupt,
 	} {
 		dir := filepath.Join(h.stateDir, "attachments", dirName("x"))

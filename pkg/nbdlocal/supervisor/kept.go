@@ -1,0 +1,47 @@
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"os"
+	"slices"
+
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+)
+
+// keptProtocol is the one whose descriptor keeps the device alive: the kernel ends a FUSE
+// connection with its last holder. A keeper holds it beside server and supervisor.
+const keptProtocol = "fuse"
+
+// keep has the keeper hold what a server is about to serve.
+func (a *attachment) keep(protocol string, files []*os.File) {
+	if a.s.keeper == nil || protocol != keptProtocol || len(files) == 0 {
+		return
+	}
+	if err := a.s.keeper.Keep(dirName(a.id), files[0]); err != nil {
+		a.log.Error("nobody but server and supervisor holds the device, until this succeeds", "error", err)
+	}
+}
+
+// withKept adds what the keeper holds of the device to what its server does. What it
+// returns is the caller's to close in place of files, also with an error.
+func (a *attachment) withKept(ctx context.Context, files []*os.File) ([]*os.File, error) {
+	if a.s.keeper == nil || a.rec.Kernel.Transport != keptProtocol {
+		return files, nil
+	}
+	file, err := a.s.keeper.Get(ctx, dirName(a.id))
+	if errors.Is(err, block.ErrNotFound) {
+		return files, nil
+	}
+	if err != nil {
+		return files, err
+	}
+	return append(slices.Clone(files), file), nil
+}
+
+// dropKept has the keeper let go of a device that is gone.
+func (a *attachment) dropKept() {
+	if a.s.keeper != nil {
+		a.s.keeper.Drop(dirName(a.id))
+	}
+}
