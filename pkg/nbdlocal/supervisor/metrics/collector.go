@@ -88,7 +88,7 @@ var (
 	volumes   = gauge("csi_imgdisk_volumes", "Volumes that are attached to this node.")
 
 	serving    = gauge("csi_imgdisk_volume_serving", "1 if the volume is being served, 0 if its requests wait or its device is lost.", ofVolume()...)
-	answering  = gauge("csi_imgdisk_volume_server_answering", "1 if the volume's server has told its figures, 0 if it runs not or did not answer in time: metrics that only it knows are missing then.", ofVolume()...)
+	answering  = gauge("csi_imgdisk_volume_server_answering", "1 if the volume's server has told its figures, 0 if none runs or it did not answer in time: metrics that only it knows are missing then.", ofVolume()...)
 	restarts   = counter("csi_imgdisk_volume_server_restarts_total", "Starts of another server for the volume, including those that did not succeed.", ofVolume()...)
 	recoveries = counter("csi_imgdisk_volume_recoveries_total", "Times that the device was given to another server after the one before had ended.", ofVolume()...)
 	resident   = gauge("csi_imgdisk_volume_server_resident_memory_bytes", "Resident memory of the volume's server.", ofVolume()...)
