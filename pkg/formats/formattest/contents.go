@@ -92,6 +92,20 @@ func (c *contents) resize(size int64) {
 	c.bytes = c.bytes[:size]
 }
 
+// keepTail adds what a longer disk holds past the end of this one.
+func (c *contents) keepTail(longer contents) {
+	end := int64(len(c.bytes))
+	if int64(len(longer.bytes)) <= end {
+		return
+	}
+	c.bytes = append(c.bytes, longer.bytes[end:]...)
+	for _, m := range longer.maybe {
+		if m.end() > end {
+			c.maybe = append(c.maybe, m.slice(end, m.end()))
+		}
+	}
+}
+
 // settle checks that got can be what is at off, and takes it as what is there from now
 // on: a byte that could be old or new does not change its mind.
 func (c *contents) settle(off int64, got []byte) error {
@@ -185,10 +199,14 @@ func (m *model) begin(ch change) change {
 	return ch
 }
 
-// flushed notes that everything is durable.
-func (m *model) flushed() {
-	m.durable = m.live.clone()
-	m.since = nil
+// flushed notes that covered is durable, and of changes since the last flush those before
+// begun. If the disk's size is not certain, it may yet have what lay past its end.
+func (m *model) flushed(covered contents, begun int, sizeCertain bool) {
+	if !sizeCertain {
+		covered.keepTail(m.durable)
+	}
+	m.durable = covered
+	m.since = slices.Clone(m.since[begun:])
 }
 
 // lose notes that the disk was closed without success: any part of what was begun since
@@ -212,6 +230,15 @@ func (m *model) resize(size int64) {
 		}
 	}
 	m.since = kept
+}
+
+// shows notes that the disk shows a size which need not be durable: after a crash it may be
+// longer once more, and hold what was past this size.
+func (m *model) shows(size int64) {
+	m.live.resize(size)
+	if size > int64(len(m.durable.bytes)) {
+		m.durable.resize(size)
+	}
 }
 
 func (m *model) size() int64 { return int64(len(m.live.bytes)) }

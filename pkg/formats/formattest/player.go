@@ -257,9 +257,9 @@ func (p *player) flush() error {
 	defer p.mu.Unlock()
 	p.flushing = false
 	if err == nil {
-		p.m.durable = covered
-		p.m.since = slices.Clone(p.m.since[begun:])
-		if p.touched && p.sizeCertain {
+		certain := p.touched && p.sizeCertain
+		p.m.flushed(covered, begun, certain)
+		if certain {
 			p.sizes = []int64{p.m.size()}
 		}
 	}
@@ -285,7 +285,7 @@ func (p *player) noteOpened() error {
 	if err := p.checkSize(int(size)); err != nil {
 		return err
 	}
-	p.m.resize(size)
+	p.m.shows(size)
 	// A size need not be durable for having been seen, until something has been flushed.
 	p.sizeCertain, p.touched = true, false
 	return nil
@@ -298,7 +298,7 @@ func (p *player) close() error {
 	defer p.mu.Unlock()
 	p.poisoned = false
 	if err == nil {
-		p.m.flushed()
+		p.m.flushed(p.m.live.clone(), len(p.m.since), p.touched && p.sizeCertain)
 	} else {
 		p.m.lose()
 	}
@@ -338,10 +338,13 @@ func (p *player) resize(o op) (ioErr, wrong error) {
 		p.m.live.resize(size)
 		return ioErr, nil
 	}
-	p.m.resize(size)
-	if ioErr == nil {
-		p.sizes = []int64{size}
+	if ioErr != nil {
+		p.m.shows(size)
+		return ioErr, nil
 	}
+	p.m.durable.resize(old)
+	p.m.resize(size)
+	p.sizes = []int64{size}
 	return ioErr, nil
 }
 
@@ -353,7 +356,7 @@ func (p *player) push() error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.m.flushed()
+	p.m.flushed(p.m.live.clone(), len(p.m.since), true)
 	p.snapshots = append(p.snapshots, snapshot{name, p.sizes, p.m.live.clone()})
 	p.sizes = []int64{p.m.size()}
 	return err

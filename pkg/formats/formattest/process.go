@@ -187,7 +187,7 @@ func (p *player) beginChildStep(o op) {
 
 func (p *player) endChildStep(o op) {
 	if o.kind == opFlush {
-		p.m.flushed()
+		p.m.flushed(p.m.live.clone(), len(p.m.since), true)
 		return
 	}
 	p.noteChange(o, p.inFlight[0], nil)
