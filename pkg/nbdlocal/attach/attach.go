@@ -27,7 +27,8 @@
 //     file system mounted nowhere; loop.go: the device on it
 //   - fuseserve.go: [ServeFUSE], the server's side; fusethread.go: its threads and
 //     their memory; fuseproto.go: the wire format
-//   - device.go, holders.go: block devices in general, and who uses one
+//   - device.go, holders.go: block devices in general, and who uses one; flush.go: waiting
+//     for one in another process
 //
 // Package attachtest is the suite that all transports pass; test/vm runs it on kernels
 // that this machine doesn't have.

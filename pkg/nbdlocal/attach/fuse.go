@@ -137,12 +137,11 @@ func (t *fuseTransport) attach(ctx context.Context, st *State, m *fuseMount, hoo
 	if err := hooks.Serve(ctx, t.Name(), []*os.File{m.dev}); err != nil {
 		return err
 	}
-	file, err := m.open(fuseFileName(st.ID), st.ReadOnly)
-	if err != nil {
+	index := 0
+	err := apart(func() (err error) {
+		index, err = m.makeLoop(st.Spec)
 		return err
-	}
-	defer file.Close()
-	index, err := configureLoop(file, st.Spec)
+	}, m.root)
 	if err != nil {
 		return err
 	}
@@ -153,6 +152,16 @@ func (t *fuseTransport) attach(ctx context.Context, st *State, m *fuseMount, hoo
 	// Discards are not limited in the queue where the server cannot zero cheaply: loop
 	// devices are used again, a limit of 0 stays, and the kernel lets nobody raise it.
 	return hooks.Persist(*st)
+}
+
+// makeLoop makes the loop device over the file system's file.
+func (m *fuseMount) makeLoop(spec Spec) (index int, err error) {
+	file, err := m.open(fuseFileName(spec.ID), spec.ReadOnly)
+	if err != nil {
+		return 0, err
+	}
+	defer file.Close()
+	return configureLoop(file, spec)
 }
 
 // hold keeps dev as the ID's descriptor, for as long as the device lives.
@@ -289,8 +298,8 @@ func (t *fuseTransport) detach(ctx context.Context, index int) error {
 		return err
 	}
 	defer unix.Close(fd)
-	if err := unix.Fsync(fd); err != nil {
-		return fmt.Errorf("flush %s: %w", loopPath(index), err)
+	if err := flushDevice(ctx, fd, loopPath(index)); err != nil {
+		return err
 	}
 	if err := ctx.Err(); err != nil {
 		return err // nobody waits for it any more: don't surprise them

@@ -153,8 +153,11 @@ func (t *nbdTransport) Attach(ctx context.Context, spec Spec, hooks Hooks) (Stat
 	if err := t.connect(ctx, &st, pairs, hooks); err != nil {
 		return State{}, fmt.Errorf("attach %s: %w", spec.ID, err)
 	}
-	err = t.setUp(ctx, &st)
+	complete := st
+	// Setting a queue's limits waits for requests in flight: somebody may probe the device.
+	err = within(ctx, func() error { return t.setUp(ctx, &complete) })
 	if err == nil {
+		st = complete
 		err = hooks.Persist(st)
 	}
 	if err != nil {
@@ -373,8 +376,8 @@ func (t *nbdTransport) detach(ctx context.Context, index int) error {
 	if err != nil {
 		return err
 	}
-	if err := unix.Fsync(fd); err != nil {
-		return fmt.Errorf("flush /dev/%s: %w", name, err)
+	if err := flushDevice(ctx, fd, "/dev/"+name); err != nil {
+		return err
 	}
 	if err := ctx.Err(); err != nil {
 		return err // nobody waits for it any more: don't surprise them

@@ -415,9 +415,7 @@ func (*ublkTransport) flushIdle(ctx context.Context, name string) (fd int, err e
 		err = busyError(name)
 	}
 	if err == nil {
-		if err = unix.Fsync(fd); err != nil {
-			err = fmt.Errorf("flush /dev/%s: %w", name, err)
-		}
+		err = flushDevice(ctx, fd, "/dev/"+name)
 	}
 	if err == nil {
 		err = ctx.Err() // nobody waits for it any more: don't surprise them
