@@ -250,7 +250,7 @@ func (t *fuseTransport) Resize(ctx context.Context, st State, sizeBytes int64) (
 	if err := growFile(dev, sizeBytes); err != nil {
 		return st, fmt.Errorf("resize %s: %w", st.ID, err)
 	}
-	err = within(ctx, func() error { return growLoop(st.Index) })
+	err = within(ctx, func() error { return apart(func() error { return growLoop(st.Index) }) })
 	if err == nil {
 		err = checkDeviceSize(loopName(st.Index), sizeBytes)
 	}

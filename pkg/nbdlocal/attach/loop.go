@@ -44,7 +44,9 @@ func configureLoop(file *os.File, spec Spec) (index int, err error) {
 	}
 	defer unix.Close(control)
 	config := unix.LoopConfig{Fd: uint32(file.Fd()), Size: uint32(spec.BlockBytes)}
-	config.Info.Flags = unix.LO_FLAGS_DIRECT_IO
+	// Unbound by its last close, until bindLoop is done with it: the kernel binds it for a
+	// process, too, that is killed meanwhile, and then nobody would know of it.
+	config.Info.Flags = unix.LO_FLAGS_DIRECT_IO | unix.LO_FLAGS_AUTOCLEAR
 	if spec.ReadOnly {
 		config.Info.Flags |= unix.LO_FLAGS_READ_ONLY
 	}
@@ -74,6 +76,14 @@ func bindLoop(index int, config *unix.LoopConfig) error {
 	defer unix.Close(fd)
 	if err := unix.IoctlLoopConfigure(fd, config); err != nil {
 		return fmt.Errorf("loop: configure %s: %w", loopPath(index), err)
+	}
+	info, err := unix.IoctlLoopGetStatus64(fd)
+	if err == nil {
+		info.Flags &^= unix.LO_FLAGS_AUTOCLEAR
+		err = unix.IoctlLoopSetStatus64(fd, info)
+	}
+	if err != nil {
+		return fmt.Errorf("loop: keep %s bound: %w", loopPath(index), err)
 	}
 	return nil
 }

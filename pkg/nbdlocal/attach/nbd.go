@@ -155,7 +155,7 @@ func (t *nbdTransport) Attach(ctx context.Context, spec Spec, hooks Hooks) (Stat
 	}
 	complete := st
 	// Setting a queue's limits waits for requests in flight: somebody may probe the device.
-	err = within(ctx, func() error { return t.setUp(ctx, &complete) })
+	err = within(ctx, func() error { return apart(func() error { return t.setUp(ctx, &complete) }) })
 	if err == nil {
 		st = complete
 		err = hooks.Persist(st)
