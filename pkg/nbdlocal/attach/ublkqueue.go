@@ -49,7 +49,7 @@ func PrepareUBLK() (*UBLKThreads, error) {
 		thread, err := newUBLKThread()
 		if err != nil {
 			for _, made := range t.idle {
-				made.use <- nil
+				made.close()
 			}
 			return nil, fmt.Errorf("prepare a ublk server: %w", err)
 		}
@@ -75,11 +75,21 @@ func (t *UBLKThreads) take() (*ublkThread, error) {
 }
 
 // ublkThread is an operating system thread with a ring that only it may use.
+//
+// The ring is closed by another thread, once this one is gone. What the kernel is about to
+// hand over when a ring is closed, kernels before 6.16 still hand to its thread, if that is
+// there; nobody would answer it, and the device would wait for that for good. From a thread
+// that is gone they take it back.
 type ublkThread struct {
 	ring  *uring.Ring
+	tid   int
 	use   chan func()   // takes what to do, once; nil is nothing
 	ended chan struct{} // closed when it is about to end
 }
+
+// ublkThreadEnd is how long a thread may take to be gone once its function has returned:
+// much longer than it ever does.
+const ublkThreadEnd = 10 * time.Second
 
 func newUBLKThread() (*ublkThread, error) {
 	t := &ublkThread{use: make(chan func()), ended: make(chan struct{})}
@@ -104,6 +114,7 @@ func (t *ublkThread) live(ready chan<- error) {
 		ready <- <-found
 		return
 	}
+	t.tid = unix.Gettid()
 	err := renounceAdmin()
 	if err == nil {
 		t.ring, err = uring.New(uring.Config{Entries: ublkRingEntries, OneThread: true, Only: ublkRingOps})
@@ -113,10 +124,22 @@ func (t *ublkThread) live(ready chan<- error) {
 		return
 	}
 	defer close(t.ended)
-	defer t.ring.Close()
 	if f := <-t.use; f != nil {
 		f()
 	}
+}
+
+// close ends the thread, unless it has ended, waits until it is gone, and closes its ring.
+func (t *ublkThread) close() {
+	select {
+	case t.use <- nil: // it was never used
+	case <-t.ended:
+	}
+	<-t.ended
+	for start := time.Now(); time.Since(start) < ublkThreadEnd && unix.Tgkill(unix.Getpid(), t.tid, 0) == nil; {
+		time.Sleep(50 * time.Microsecond)
+	}
+	_ = t.ring.Close() // nothing that could be done about it
 }
 
 // renounceAdmin makes this thread, and no other, one without CAP_SYS_ADMIN. The driver
@@ -196,10 +219,7 @@ func (q *ublkQueue) setUp(threads *UBLKThreads) (err error) {
 // close frees what the queue has. Its thread must not be serving it.
 func (q *ublkQueue) close() {
 	if q.thread != nil {
-		select {
-		case q.thread.use <- nil: // it was never used
-		case <-q.thread.ended:
-		}
+		q.thread.close()
 	}
 	for _, mem := range [][]byte{q.desc, q.mem} {
 		if mem != nil {

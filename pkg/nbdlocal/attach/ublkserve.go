@@ -159,9 +159,6 @@ func (s *ublkServer) run(helpers int) error {
 	}
 	close(s.work)
 	helping.Wait()
-	for _, q := range s.queues {
-		<-q.thread.ended // the kernel takes its thread for the queue's server
-	}
 	return errors.Join(errs...)
 }
 
