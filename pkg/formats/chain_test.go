@@ -6,10 +6,13 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"runtime"
+	"sync/atomic"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/engine"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vmdk"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
@@ -166,4 +169,48 @@ func benchDir(b *testing.B) vfs.FS {
 		os.RemoveAll(dir)
 	})
 	return fsys
+}
+
+// BenchmarkFirstWrite writes 4 KiB blocks where nothing is yet, from threads like those of a
+// block server, to images on a file system in memory.
+func BenchmarkFirstWrite(b *testing.B) {
+	for _, format := range []string{"raw", "vmdk", "qcow2", "vdi", "vhdx", "vpc"} {
+		b.Run(format, func(b *testing.B) {
+			const stride = 64 << 10
+			fsys := benchDir(b)
+			f, err := formats.Lookup(format)
+			if err != nil {
+				b.Fatal(err)
+			}
+			const size = 1 << 36
+			if err := f.Create(context.Background(), formats.CreateRequest{FS: fsys, Name: "image", SizeBytes: size}); err != nil {
+				b.Fatal(err)
+			}
+			img, err := formats.Open(context.Background(), fsys, "image", formats.OpenOptions{
+				Format: format, Mode: vfs.ReadWrite, Journal: &engine.JournalFile{FS: fsys, Name: "journal"},
+			})
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.SetBytes(4096)
+			var next atomic.Int64
+			b.SetParallelism(4)
+			b.RunParallel(func(pb *testing.PB) {
+				runtime.LockOSThread()
+				defer runtime.UnlockOSThread()
+				p := bytes.Repeat([]byte{1}, 4096)
+				for pb.Next() {
+					at := next.Add(1) * 40503 % (size / stride) * stride
+					if _, err := img.WriteAt(p, at); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			})
+			b.StopTimer()
+			if err := img.Close(); err != nil {
+				b.Fatal(err)
+			}
+		})
+	}
 }

@@ -18,7 +18,7 @@ type Disk struct {
 	layers []*Layer     // top first; changed with gate and committing held
 	// answering is replaced with layers; its contents are guarded by mapping.
 	answering *answering
-	mapping   sync.RWMutex
+	mapping   mappingLock
 	claims    claims
 
 	// committing is held while tables are committed, and by what must not run

@@ -129,6 +129,9 @@ func (d *Disk) reuse(unused []Span, gate gateState) {
 		zeroed := !s.Shared && top.Files[s.File].PunchHole(s.Off, s.Len) == nil
 		top.unsynced[s.File].Store(true)
 		d.mapping.Lock()
+		if zeroed {
+			top.Tables.unreserve(s.File, s.Off, s.Len)
+		}
 		top.Codec.Free(s, zeroed)
 		top.Tables.letGo()
 		d.mapping.Unlock()

@@ -144,6 +144,10 @@ func (t *Tables) Prepare(file int, off, n int64) error {
 // letGo ends a change: prepared pages may be evicted again.
 func (t *Tables) letGo() { clear(t.held) }
 
+// reserveBytes is how much space is taken at once for tables: asking the file system for it
+// takes longer than all else that a first write does with its tables.
+const reserveBytes = 64 << 10
+
 func (t *Tables) reservePage(key pageKey) error {
 	if _, ok := t.reserved[key]; ok || !t.reserve[key.file] {
 		return nil
@@ -153,9 +157,12 @@ func (t *Tables) reservePage(key pageKey) error {
 	if err != nil {
 		return fmt.Errorf("size of %s: %w", f.Name(), err)
 	}
-	n := min(pageBytes, size-key.off)
+	off, n := key.off&^(reserveBytes-1), int64(reserveBytes)
+	if off+n > size {
+		off, n = key.off, min(pageBytes, size-key.off)
+	}
 	if n > 0 {
-		err = f.Allocate(key.off, n)
+		err = f.Allocate(off, n)
 	}
 	switch {
 	case errors.Is(err, errors.ErrUnsupported):
@@ -164,9 +171,18 @@ func (t *Tables) reservePage(key pageKey) error {
 	case err != nil:
 		return fmt.Errorf("reserve table space at %#x of %s: %w", key.off, f.Name(), err)
 	default:
-		t.reserved[key] = struct{}{}
+		for ; n > 0; off, n = off+pageBytes, n-pageBytes {
+			t.reserved[pageKey{key.file, off}] = struct{}{}
+		}
 	}
 	return nil
+}
+
+// unreserve notes that a range of a file has lost its space.
+func (t *Tables) unreserve(file int, off, n int64) {
+	for at := off &^ (pageBytes - 1); at < off+n; at += pageBytes {
+		delete(t.reserved, pageKey{file, at})
+	}
 }
 
 // apply puts bytes into pages that are held.

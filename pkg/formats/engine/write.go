@@ -72,20 +72,37 @@ func (c content) first(n int64) content {
 
 // writeSome writes leading bytes of what at off and returns how many.
 func (d *Disk) writeSome(what content, off int64) (int64, error) {
-	run, err := d.lookupTop(off, what.n)
+	run, start, end, err := d.lookupGranules(off, what.n)
 	if err != nil {
 		return 0, err
 	}
 	if run.inPlace() {
 		return d.overwrite(what.first(run.Len), off, run)
 	}
-	return d.place(what.first(run.Len), off)
+	return d.place(what.first(run.Len), off, start, end)
+}
+
+// lookupGranules asks the top layer alone, and says what granules the run lies in unless it
+// can be overwritten.
+func (d *Disk) lookupGranules(off, n int64) (run Run, start, end int64, err error) {
+	d.mapping.RLock()
+	defer d.mapping.RUnlock()
+	if run, err = d.runOfTop(off, n); err != nil || run.inPlace() {
+		return run, 0, 0, err
+	}
+	start, end = d.granulesOf(off, run.Len)
+	return run, start, end, nil
 }
 
 // lookupTop asks the top layer alone.
 func (d *Disk) lookupTop(off, n int64) (Run, error) {
 	d.mapping.RLock()
 	defer d.mapping.RUnlock()
+	return d.runOfTop(off, n)
+}
+
+// runOfTop is lookupTop with the mapping lock held.
+func (d *Disk) runOfTop(off, n int64) (Run, error) {
 	l := d.top()
 	run, err := l.Codec.Lookup(off, n)
 	if err != nil {
@@ -171,48 +188,84 @@ func (d *Disk) writeFile(file int, what content, off int64) error {
 
 var zeroBytes [256 << 10]byte
 
-// place writes bytes that have no plain place: it reserves space for their granules,
-// fills it, and changes the mapping.
-func (d *Disk) place(what content, off int64) (int64, error) {
-	start, end := d.granules(off, what.n)
+// place writes bytes that have no plain place, in the granules [start, end): it reserves
+// space for them, fills it, and changes the mapping.
+func (d *Disk) place(what content, off, start, end int64) (int64, error) {
 	held := d.claims.acquire(start, end)
 	defer d.claims.release(held)
-	// Another request may have placed them meanwhile.
-	run, err := d.lookupTop(off, what.n)
-	if err != nil {
+	r, err := d.reserveAround(held, off, what.n)
+	if err != nil || r.run.Len == 0 {
 		return 0, err
 	}
-	what = what.first(run.Len)
-	if run.inPlace() && d.top().geometry.Cipher == nil {
-		return d.overwrite(what, off, run)
+	what = what.first(r.run.Len)
+	if r.run.inPlace() {
+		return d.overwrite(what, off, r.run)
 	}
-	if run.inPlace() {
-		return 0, nil // overwriting claims its sectors itself: let the caller ask again
-	}
-	if start, end = d.granules(off, what.n); !held.covers(start, end) {
-		return 0, nil // another request has changed what a granule is here: claim it anew
-	}
-	place, err := d.reserve(start, end)
-	if err != nil {
+	if err := d.fill(r, what, off); err != nil {
+		d.giveBack(r.place)
 		return 0, err
 	}
-	end = start + place.Len
-	what = what.first(min(what.n, end-off))
-	if err := d.fill(place, start, end, what, off); err != nil {
-		d.giveBack(place)
-		return 0, err
-	}
-	if err := d.set(start, end-start, Data, place); err != nil {
-		d.giveBack(place)
+	if err := d.set(r.start, r.end-r.start, Data, r.place); err != nil {
+		d.giveBack(r.place)
 		return 0, err
 	}
 	return what.n, nil
+}
+
+// reservation is what a write finds once it has claimed its granules.
+type reservation struct {
+	run        Run   // where its bytes are; only so many can be written
+	start, end int64 // the granules that place is for, unless the run can be overwritten
+	place      Place
+	blank      bool // the granules are known to read as zeroes until now
+}
+
+// reserveAround reserves space for the granules around n bytes at off. A run of length 0
+// says that the world has changed, and that granules have to be claimed anew. It is all done
+// at once: each time that the lock is taken, another thread may have to wait.
+func (d *Disk) reserveAround(held claim, off, n int64) (r reservation, err error) {
+	d.mapping.Lock()
+	defer d.mapping.Unlock()
+	if r.run, err = d.runOfTop(off, n); err != nil {
+		return r, err
+	}
+	if r.run.inPlace() { // another request has placed them meanwhile
+		if d.top().geometry.Cipher != nil {
+			r.run.Len = 0 // overwriting claims its sectors itself
+		}
+		return r, nil
+	}
+	if r.start, r.end = d.granulesOf(off, r.run.Len); !held.covers(r.start, r.end) {
+		r.run.Len = 0 // another request has changed what a granule is here
+		return r, nil
+	}
+	if r.place, err = d.allocate(r.start, r.end); err != nil {
+		return r, err
+	}
+	r.end = r.start + r.place.Len
+	r.run.Len = min(r.run.Len, r.end-off)
+	r.blank = d.isBlank(r.start, r.end)
+	return r, nil
+}
+
+// isBlank reports whether granules are known to read as zeroes, without asking parents. The
+// mapping lock is held.
+func (d *Disk) isBlank(start, end int64) bool {
+	end = min(end, d.size.Load())
+	run, err := d.top().Codec.Lookup(start, end-start)
+	zero := run.State == Zero || run.State == Absent && len(d.layers) == 1
+	return err == nil && zero && run.Len >= end-start
 }
 
 // granules returns the range of whole granules around n bytes at off.
 func (d *Disk) granules(off, n int64) (start, end int64) {
 	d.mapping.RLock()
 	defer d.mapping.RUnlock()
+	return d.granulesOf(off, n)
+}
+
+// granulesOf is granules with the mapping lock held.
+func (d *Disk) granulesOf(off, n int64) (start, end int64) {
 	start, end = d.top().Codec.Granule(off)
 	if end < off+n {
 		_, end = d.top().Codec.Granule(off + n - 1)
@@ -223,6 +276,11 @@ func (d *Disk) granules(off, n int64) (start, end int64) {
 func (d *Disk) reserve(start, end int64) (Place, error) {
 	d.mapping.Lock()
 	defer d.mapping.Unlock()
+	return d.allocate(start, end)
+}
+
+// allocate is reserve with the mapping lock held.
+func (d *Disk) allocate(start, end int64) (Place, error) {
 	l := d.top()
 	place, err := l.Codec.Allocate(start, end-start)
 	l.Tables.letGo()
@@ -263,16 +321,26 @@ func (d *Disk) set(start, n int64, to State, at Place) error {
 	return nil
 }
 
-// fill writes what into the place of granules [start, end), and around it what they read
-// as until now.
-func (d *Disk) fill(place Place, start, end int64, what content, off int64) error {
-	if err := d.copyUp(place, start, start, off); err != nil {
+// fill writes what at off into the place reserved, and around it what the granules read as
+// until now.
+func (d *Disk) fill(r reservation, what content, off int64) error {
+	after := off + what.n
+	if r.blank && d.top().geometry.Cipher == nil {
+		if err := d.fillWith(r.place, r.start, zeroes(off-r.start), r.start); err != nil {
+			return err
+		}
+		if err := d.fillWith(r.place, r.start, zeroes(r.end-after), after); err != nil {
+			return err
+		}
+		return d.fillWith(r.place, r.start, what, off)
+	}
+	if err := d.copyUp(r.place, r.start, r.start, off); err != nil {
 		return err
 	}
-	if err := d.copyUp(place, start, off+what.n, end); err != nil {
+	if err := d.copyUp(r.place, r.start, after, r.end); err != nil {
 		return err
 	}
-	return d.fillWith(place, start, what, off)
+	return d.fillWith(r.place, r.start, what, off)
 }
 
 // fillWith writes guest bytes at off into a place whose granules start at start.
