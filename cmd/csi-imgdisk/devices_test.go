@@ -2,7 +2,12 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -145,6 +150,14 @@ func TestDevices_WatchAndLimits(t *testing.T) {
 	if limits.IOPS != 0 || !limits.Own {
 		t.Errorf("reset: %+v", limits)
 	}
+	if text := scrape(t, filepath.Join(runDir, "supervisor", "api.sock")); !strings.Contains(text, `csi_imgdisk_volume_operations_total{device="`+device.Device+`",op="read"`) {
+		t.Errorf("metrics: %s", text)
+	}
+	if logs, err := filepath.Glob(filepath.Join(runDir, "supervisor", "attachments", "*", "server.log")); err != nil || len(logs) != 1 {
+		t.Errorf("logs: %q, %v", logs, err)
+	} else if log, err := os.ReadFile(logs[0]); err != nil || !strings.Contains(string(log), "msg=limits volume=image:"+image) {
+		t.Errorf("log: %s, %v", log, err)
+	}
 	if out := ok(t, "devices", "--run-dir", runDir); !strings.Contains(out, "IN FLIGHT") || !strings.Contains(out, device.Device) {
 		t.Errorf("devices: %s", out)
 	}
@@ -154,4 +167,25 @@ func TestDevices_WatchAndLimits(t *testing.T) {
 	_ = reader.Process.Kill()
 	_ = reader.Wait()
 	detachWhenIdle(t, device.Device, runDir)
+}
+
+// scrape gets metrics from a unix socket.
+func scrape(t *testing.T, socket string) string {
+	t.Helper()
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		},
+	}}
+	resp, err := client.Get("http://supervisor/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s, %v", resp.Status, err)
+	}
+	return string(body)
 }

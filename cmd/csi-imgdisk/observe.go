@@ -3,12 +3,16 @@ package main
 import (
 	"context"
 	"log/slog"
+	"os"
 
 	"github.com/spf13/cobra"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/supervisor"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/supervisor/metrics"
 )
+
+// logger writes keys and values to standard error, as processes in the background do.
+func logger() *slog.Logger { return slog.New(slog.NewTextHandler(os.Stderr, nil)) }
 
 func addMetricsFlag(cmd *cobra.Command, address *string) {
 	cmd.Flags().StringVar(address, "metrics-address", "", "HOST:PORT on which to serve Prometheus metrics; the supervisor's socket has them anyway")

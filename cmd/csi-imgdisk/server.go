@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -54,6 +55,7 @@ func newServerCommand() *cobra.Command {
 			if (opts.image == "") == (opts.store == "") {
 				return errors.New("either --image or --store and --volume is needed")
 			}
+			slog.SetDefault(logger().With("volume", opts.volumeID()))
 			// RunServer obeys signals itself: not while the device is in use.
 			ctx := context.WithoutCancel(cmd.Context())
 			protocols, rings, err := supervisor.ConfinedProtocols()
@@ -79,6 +81,15 @@ func newServerCommand() *cobra.Command {
 	flags.StringVar(&opts.node, "node", "", "node that the volume is published to")
 	flags.Int64Var(&opts.epoch, "epoch", 0, "epoch of the publication")
 	return cmd
+}
+
+// volumeID is what the supervisor calls the volume, except for one that stands for an image.
+func (o *serverOptions) volumeID() string {
+	if o.image != "" {
+		return imageID + o.image
+	}
+	name, _, _ := strings.Cut(o.store, "=")
+	return name + "/" + o.volume
 }
 
 func (o *serverOptions) open(ctx context.Context) (supervisor.Opened, error) {

@@ -25,12 +25,13 @@ func newSupervisorCommand() *cobra.Command {
 			if err := run.prepare(); err != nil {
 				return err
 			}
+			slog.SetDefault(logger())
 			s, err := supervisor.New(supervisor.Config{
 				StateDir:   run.supervisor(),
 				KeeperArgs: []string{"keeper"},
 				Transports: []attach.Transport{attach.NewNBD(attach.NBDOptions{}), attach.NewUBLK(), attach.NewFUSE()},
 				Version:    version,
-				Log:        slog.New(slog.NewTextHandler(os.Stderr, nil)),
+				Log:        slog.Default(),
 			})
 			if err != nil {
 				return err
