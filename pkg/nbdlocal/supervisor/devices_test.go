@@ -307,18 +307,7 @@ func (h *harness) killKeeper() {
 // keepers returns the process ids of keepers of the supervisor's state directory.
 func (h *harness) keepers() (pids []int) {
 	h.t.Helper()
-	paths, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	for _, path := range paths {
-		args, err := os.ReadFile(path)
-		if err == nil && strings.Contains(string(args), "\x00test-keeper\x00--dir\x00"+h.stateDir+"/") {
-			pid, _ := strconv.Atoi(strings.Split(path, "/")[2])
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+	return pidsWith(h.t, "\x00test-keeper\x00--dir\x00"+h.stateDir+"/")
 }
 
 // Server, supervisor and, at other times, the keeper are killed under load: nobody gets an

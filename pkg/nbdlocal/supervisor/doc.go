@@ -4,8 +4,9 @@
 // # Processes
 //
 //	node plugin ──(api.sock: HTTP+JSON, Client)──► supervisor ──(server.sock: Server protocol)──► server, one per volume
-//	                                                   │                                              │
-//	                                                   └── attach.Transport ── kernel ◄── descriptors ┘
+//	                                                   │  │                                           │
+//	                                                   │  └── attach.Transport ── kernel ◄── descriptors ┘
+//	                                                   └──(package keeper)──► keeper: holds fuse descriptors, too
 //
 // The supervisor has the privileges (netlink, mount, loop) and never opens an image;
 // a server opens one image and has no privileges. Any of the processes may be killed
@@ -17,9 +18,11 @@
 //   - The supervisor died: servers go on serving. The next supervisor reads the state
 //     directory, connects to each server's socket, takes over the descriptors it
 //     holds (Adopt), and restarts what is gone.
-//   - Both died: the next supervisor starts servers and recovers devices from state. An
-//     nbd device waits for that. A fuse device cannot, since the kernel ends a FUSE
-//     connection with the last process that holds it: the attachment is Lost.
+//   - Both died: the next supervisor starts servers and recovers devices from state.
+//     Devices wait for that. A fuse device does because the keeper holds its descriptor:
+//     the kernel ends a FUSE connection with the last process that does.
+//   - The keeper died: the supervisor starts another and gives it what it holds itself.
+//   - All three died: a fuse device fails its users' requests; the attachment is Lost.
 //   - Another node took the volume (a server's Opened.Lost, or block.ErrFenced when it
 //     opens): the device is removed under its users, the attachment is Lost.
 //
@@ -29,12 +32,14 @@
 //
 //	supervisor.lock              held by the supervisor, from before it starts until it ends
 //	api.sock, supervisor.log     the API; the log of one that Ensure started
+//	keeper/                      the keeper's socket, lock and log
 //	attachments/HASH/            per attachment, named for a hash of its ID:
-//	    record.json              the record: request, phase, the transport's state
+//	    record.json              the record: request, phase, seat, the transport's state
 //	    server.lock              held by the server, see below
 //	    server.sock              the server's control socket
 //	    server.sock.exit         how the last server ended, if it could say
-//	    server.log               what it wrote
+//	    server-1.*               the same for a server in the other seat
+//	    server.log               what servers wrote
 //
 // A record is written and renamed before what it allows may happen, and removed when
 // nothing is left.
@@ -66,6 +71,23 @@
 // A detach leaves the image closed. If the server died before it could close it, another
 // opens it, replays what the first left, and closes it; the file server.sock.exit tells.
 //
+// A server killed together with the supervisor may have been asked something by a thread
+// of the supervisor's that nothing interrupts. What such threads must not hold, see
+// attach.apart; and while a device is being made the keeper does not have it.
+//
+// # Upgrades
+//
+// A server is replaced by one of another program with requests waiting for well under a
+// second: upgrade.go says how. There are two seats for servers in an attachment's
+// directory; the record says whose turn it is, and changes in one piece. Who is found in
+// the other seat has opened nothing, and is killed. So a supervisor that is killed during
+// an upgrade leaves "serving", when nothing has happened yet, or "recovering".
+//
+// A program is kept by its descriptor as long as its server serves: when another program's
+// server does not come to serve, by an upgrade or after a crash, the two take turns.
+//
+// A supervisor is replaced by ending it (Client.Leave) and starting another: see Replace.
+//
 // # API (version 1), over HTTP on a unix socket of mode 0600
 //
 //	POST   /v1/attachments               AttachRequest → Attachment   idempotent by ID
@@ -75,9 +97,12 @@
 //	POST   /v1/attachments/{id}/resize   → Attachment   takes the server's current size
 //	POST   /v1/attachments/{id}/limits   LimitsRequest → Attachment
 //	GET    /v1/attachments/{id}/debug    → DebugInfo of the server
+//	POST   /v1/attachments/{id}/upgrade  UpgradeRequest → Attachment   another program serves
+//	POST   /v1/upgrade                   UpgradeRequest → []UpgradeResult   all, one after another
 //	DELETE /v1/attachments/{id}[?force=true]
 //	GET    /v1/status                    → Status: version, transports and why one can't
-//	POST   /v1/stop                      stops a supervisor that has no attachments
+//	POST   /v1/stop                      stops a supervisor that has no attachments, or,
+//	                                     with {"keep":true}, leaves them to the next one
 //
 // {id} is path-escaped. An error is {"error": sentence, "kind": name of block's
 // sentinel}, and Client turns it back into that sentinel. Requests for one attachment
@@ -86,7 +111,8 @@
 //
 // # Server protocol (version 1), SOCK_SEQPACKET unix socket, JSON messages, descriptors by SCM_RIGHTS
 //
-//	hello            → Hello: protocol, pid, device info; once the device is open
+//	ready            → the program's version, without opening the device
+//	hello            → Hello: protocol, pid, device info; opens the device, if it is not yet
 //	serve PROTOCOL   + descriptors; serve them from now on, beside what is served already
 //	files            → the descriptors being served, and their protocol
 //	watch ENDED      → answers when not ENDED descriptors have ended in the server's life
@@ -101,6 +127,7 @@
 // # Reading order
 //
 // api.go; server.go (a server's side: RunServer); process.go (the supervisor's side of a
-// server); attachment.go and steps.go (an attachment's life); supervisor.go, http.go;
+// server); attachment.go and steps.go (an attachment's life); upgrade.go; kept.go (what the
+// keeper has); supervisor.go, http.go;
 // client.go, ensure.go, lock.go.
 package supervisor

@@ -351,6 +351,7 @@ func (h *harness) cleanUp() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
+	h.ctx = ctx // the test's may have ended
 	if h.hasEnded() {
 		h.startProcess()
 	}

@@ -23,6 +23,22 @@ func (a *attachment) keep(protocol string, files []*os.File) {
 	}
 }
 
+// keepServed has the keeper hold what the server of a device that has just been made
+// serves. Not earlier: a device that is being made ends with its server and its
+// supervisor, or else a successor of theirs would find the kernel waiting for them.
+func (a *attachment) keepServed(ctx context.Context) error {
+	if a.s.keeper == nil || a.rec.Kernel.Transport != keptProtocol {
+		return nil
+	}
+	files, _, err := a.proc.files(ctx)
+	if err != nil {
+		return err
+	}
+	defer closeFiles(files)
+	a.keep(keptProtocol, files)
+	return nil
+}
+
 // withKept adds what the keeper holds of the device to what its server does. What it
 // returns is the caller's to close in place of files, also with an error.
 func (a *attachment) withKept(ctx context.Context, files []*os.File) ([]*os.File, error) {

@@ -65,6 +65,9 @@ func (a *attachment) bringUp(ctx context.Context) error {
 	}
 	a.s.at("attach: device made")
 	a.rec.Kernel = &st
+	if err := a.keepServed(ctx); err != nil {
+		return err
+	}
 	if err := a.nowServing(); err != nil {
 		return err
 	}
@@ -115,7 +118,9 @@ func (a *attachment) hooks(p *process) attach.Hooks {
 	return attach.Hooks{
 		Serve: func(ctx context.Context, protocol string, files []*os.File) error {
 			a.s.at("transport: before serve")
-			a.keep(protocol, files)
+			if a.rec.Phase != Attaching { // else: see bringUp
+				a.keep(protocol, files)
+			}
 			ended, err := p.serve(ctx, protocol, files)
 			if err != nil {
 				return err
@@ -504,7 +509,16 @@ func (a *attachment) detachByForce(ctx context.Context) error {
 		return fmt.Errorf("detach %s by force: %w", a.id, err)
 	}
 	if err := a.abort(ctx); err != nil {
-		return fmt.Errorf("detach %s by force: %w", a.id, err)
+		// A ublk device goes once its server has answered what it took, or is gone.
+		if killErr := a.destroyServer(err); killErr != nil {
+			return fmt.Errorf("detach %s by force: %w", a.id, errors.Join(err, killErr))
+		}
+		again, cancelAgain := cleanupContext(ctx)
+		defer cancelAgain()
+		ctx = again
+		if err := a.abort(ctx); err != nil {
+			return fmt.Errorf("detach %s by force: %w", a.id, err)
+		}
 	}
 	if err := a.endServer(ctx); err != nil {
 		if a.proc != nil {
