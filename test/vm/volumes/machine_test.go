@@ -100,7 +100,7 @@ func wantTransports(t *testing.T) []string {
 	if strings.HasPrefix(unix.ByteSliceToString(u.Release[:]), "6.1.") {
 		return []string{"nbd"}
 	}
-	return []string{"nbd", "fuse"}
+	return []string{"nbd", "ublk", "fuse"}
 }
 
 // loaded is a volume under load.
