@@ -18,8 +18,9 @@ const patience = 60 * time.Second
 
 // fakeDevice does nothing, at once, unless its fields say otherwise.
 type fakeDevice struct {
-	block.Device               // of methods nobody calls
-	err          error         // what requests fail with
+	block.Device       // of methods nobody calls
+	err          error // what requests fail with
+	sizeBytes    int64
 	gate         chan struct{} // requests wait until it is closed, if not nil
 	calls        atomic.Int64
 	closed       atomic.Bool
@@ -44,7 +45,9 @@ func (d *fakeDevice) WriteZeroes(int64, int64, block.ZeroFlags) error { return d
 func (d *fakeDevice) Discard(int64, int64) error                      { return d.do() }
 func (d *fakeDevice) Flush() error                                    { return d.do() }
 func (d *fakeDevice) Close() error                                    { d.closed.Store(true); return nil }
-func (d *fakeDevice) Info() block.Info                                { return block.Info{SizeBytes: 42} }
+func (d *fakeDevice) Info() block.Info {
+	return block.Info{SizeBytes: d.sizeBytes, LogicalBlockBytes: 512}
+}
 func (d *fakeDevice) Map(off, n int64) (block.Extent, error) {
 	return block.Extent{Off: off, Len: n}, nil
 }
@@ -70,7 +73,7 @@ func eventually(t *testing.T, what string, f func() bool) {
 }
 
 func TestMeter_CountsEachKind(t *testing.T) {
-	m := NewMeter(&fakeDevice{})
+	m := NewMeter(&fakeDevice{sizeBytes: 42})
 	bytes := map[Op]uint64{Read: 100, Write: 200, Zero: 300, Discard: 400}
 	for op, request := range requests(m) {
 		for range int(op) + 1 {
