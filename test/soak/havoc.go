@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"math/rand/v2"
-	"slices"
 	"time"
 
 	"github.com/csi-imgdisk/csi-imgdisk/test/internal/node"
@@ -26,11 +25,11 @@ func (s *soak) havoc(ctx context.Context, rng *rand.Rand) {
 		}
 		switch p := rng.IntN(100); {
 		case p < 30:
-			s.tally.addN(eventKillSuper, s.shoot(ctx, func() int { return s.node.Kill(node.Supervisor) }))
+			s.tally.addN(eventKillSuper, s.node.Kill(node.Supervisor))
 		case p < 55:
 			s.tally.addN(eventKillDriver, s.node.Kill(node.Driver))
 		case p < 70:
-			s.tally.addN(eventKillAll, s.shoot(ctx, s.killAll))
+			s.tally.addN(eventKillAll, s.killAll())
 		case p < 80:
 			s.failed("stall", s.store.Stall(ctx, time.Duration(rng.Int64N(int64(stall)))))
 			s.tally.add(eventStall)
@@ -44,25 +43,15 @@ func (s *soak) killAll() int {
 	return min(s.node.Kill(node.Driver, node.Supervisor, node.Server), 1)
 }
 
-// shoot kills something and returns how many that were.
-//
-// While nobody but supervisor and server holds a FUSE connection, it ends with both of
-// them: then all have to be well before one is killed.
-func (s *soak) shoot(ctx context.Context, kill func() int) int {
-	if !slices.Contains(s.transports, "fuse") {
-		return kill()
-	}
-	s.shooting.Lock()
-	defer s.shooting.Unlock()
-	if err := s.node.AwaitServing(ctx); err != nil {
-		if ctx.Err() == nil {
-			s.failed("wait until all are served", err)
-		}
-		return 0
-	}
-	return kill()
-}
-
-// upgrade replaces all servers, while their volumes are in use.
+// upgrade replaces all processes but the driver by another program's.
 func (s *soak) upgrade(ctx context.Context) {
+	servers, pause, err := s.node.Upgrade(ctx)
+	if err != nil {
+		if ctx.Err() == nil {
+			s.failed("upgrade", err)
+		}
+		return
+	}
+	s.tally.addN(eventUpgrade, servers)
+	s.tally.addPause(pause)
 }

@@ -157,9 +157,11 @@ func (l *life) death(ctx context.Context) error {
 func (l *life) happen(ctx context.Context) error {
 	switch p := l.rng.IntN(100); {
 	case p < 40:
-		return l.killServer(ctx)
+		l.tally.addN(eventKillServer, l.volume.KillServer())
+		return nil
 	case p < 50:
-		return l.hangServer(ctx)
+		l.tally.addN(eventHang, l.volume.HangServer(ctx, time.Duration(l.rng.Int64N(int64(hang)))))
+		return nil
 	case p < 65:
 		return l.grow(ctx)
 	case p < 85:
@@ -170,16 +172,6 @@ func (l *life) happen(ctx context.Context) error {
 		}
 		return l.attach(ctx)
 	}
-}
-
-func (l *life) killServer(ctx context.Context) error {
-	l.tally.addN(eventKillServer, l.shoot(ctx, l.volume.KillServer))
-	return nil
-}
-
-func (l *life) hangServer(ctx context.Context) error {
-	l.tally.addN(eventHang, l.volume.HangServer(ctx, time.Duration(l.rng.Int64N(int64(hang)))))
-	return nil
 }
 
 func (l *life) grow(ctx context.Context) error {

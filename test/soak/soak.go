@@ -53,7 +53,6 @@ type soak struct {
 	born     int           // volumes so far
 	failure  chan struct{} // closed at the first error
 	failOnce sync.Once
-	shooting sync.Mutex
 }
 
 // kind is what a volume is made of.

@@ -26,7 +26,7 @@ const (
 	eventKillSuper    event = "kills of the supervisor"
 	eventKillDriver   event = "kills of the driver"
 	eventKillAll      event = "kills of all together"
-	eventUpgrade      event = "upgrades of all servers"
+	eventUpgrade      event = "servers upgraded"
 	eventStall        event = "stalls of the store"
 	eventGrow         event = "resizes"
 	eventSnapshot     event = "snapshots of volumes in use"
@@ -49,6 +49,7 @@ type tally struct {
 	events map[event]int
 	loads  map[kind]load.Counts // of volumes that ended
 	lives  map[kind]int
+	pause  time.Duration // the longest that requests waited for an upgrade
 }
 
 func newTally() *tally {
@@ -74,6 +75,12 @@ func (t *tally) addLoad(k kind, c load.Counts) {
 	sum.Longest = max(sum.Longest, c.Longest)
 	t.loads[k] = sum
 	t.lives[k]++
+}
+
+func (t *tally) addPause(d time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.pause = max(t.pause, d)
 }
 
 func (t *tally) errors() int {
@@ -106,7 +113,7 @@ func (t *tally) print(out io.Writer) {
 		}
 	}
 	w.Flush()
-	fmt.Fprintln(out)
+	fmt.Fprintf(out, "\nlongest pause of a planned upgrade: %v\n\n", t.pause.Round(time.Millisecond))
 	fmt.Fprintln(w, "FORMAT\tTRANSPORT\tVOLUMES\tREQUESTS\tMIB WRITTEN\tMIB READ AND COMPARED\tLONGEST REQUEST")
 	for _, k := range slices.SortedFunc(maps.Keys(t.loads), func(a, b kind) int {
 		return strings.Compare(a.transport+" "+a.format, b.transport+" "+b.format)

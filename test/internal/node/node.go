@@ -4,6 +4,7 @@
 //
 //   - node.go: [Node]: starting and stopping the driver
 //   - volume.go: [Volume]: CSI calls
+//   - upgrade.go: another program for all of them
 //   - process.go: finding, killing and stopping processes
 //   - inventory.go: what lies around, and what is left of a node in the end
 //   - storefs.go: a file system for a store, that can be frozen
@@ -34,7 +35,9 @@ import (
 // Config says what a node is made of.
 type Config struct {
 	Binary string // csi-imgdisk, by its absolute path
-	Store  string // an existing directory, absolute; it is made a store unless it is one
+	// Store is an existing directory, absolute; it is made a store unless it is one. Beside
+	// it a copy of the program is kept while the node lives.
+	Store string
 	// Dir is an absolute path of an existing directory on tmpfs, where state and mount
 	// points go. It is short, because a socket's path may have 107 bytes.
 	Dir string
@@ -68,6 +71,7 @@ type Node struct {
 	mu       sync.Mutex
 	driver   *exec.Cmd // nil: is not running
 	stopping bool
+	upgrades int
 	keeper   sync.WaitGroup
 	startErr error
 }
@@ -171,7 +175,7 @@ func (n *Node) Close(ctx context.Context) error {
 	n.mu.Unlock()
 	n.keeper.Wait()
 	n.conn.Close()
-	return errors.Join(n.startErr, n.removeLeftovers(ctx))
+	return errors.Join(n.startErr, n.removeLeftovers(ctx), os.RemoveAll(n.cfg.Store+"-program"))
 }
 
 // removeLeftovers ends what is still attached, mounted or running, and says what it was.
