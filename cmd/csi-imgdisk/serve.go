@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -113,7 +115,22 @@ func (o *serveOptions) sources(args []string) ([]source, error) {
 	return list, nil
 }
 
+// processorsForWaiting is how many threads may wait in the kernel without the Go scheduler
+// taking their processor away: as many as a connection has workers.
+const processorsForWaiting = 16
+
+// letWorkersWait gives the Go scheduler more processors than there are. A thread in a
+// system call keeps its processor for as long as another is idle; where none is, on a
+// machine with two, that is taken from it after 20 microseconds and handed to a thread
+// with nothing to do, again and again: a fifth of the time of large requests.
+func letWorkersWait() {
+	if os.Getenv("GOMAXPROCS") == "" { // what a person says is obeyed
+		runtime.GOMAXPROCS(runtime.NumCPU() + processorsForWaiting)
+	}
+}
+
 func serve(cmd *cobra.Command, sources []source, opts serveOptions) (err error) {
+	letWorkersWait()
 	config, err := opts.listen.security()
 	if err != nil {
 		return err

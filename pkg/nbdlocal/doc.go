@@ -15,6 +15,7 @@
 //   - request.go: one request: is it acceptable, and carrying it out
 //   - status.go: block status
 //   - ranges.go: the order of overlapping writes
+//   - spin.go: whether to look for the next request or to sleep until it comes
 //   - pace.go: whether a device answers at once or keeps a thread waiting
 //   - watch.go: what happens when it suddenly doesn't answer
 //   - arena.go: buffers outside the garbage collector's reach
@@ -35,6 +36,13 @@
 // another so that as many requests as there are workers wait at the same time. Which
 // of the two it is, is measured (pace.go), and a device that stops answering at once
 // is noticed by a watch within milliseconds (watch.go).
+//
+// A client that sends one request at a time is served by a worker that looks for the
+// next for some microseconds before it sleeps, if that has turned out to be faster.
+//
+// A program that serves should give the Go scheduler more processors (GOMAXPROCS) than
+// the machine has, as many as there are workers: they wait in system calls, which must
+// not each time cost another thread's wake.
 //
 // A request occupies one of a fixed number of slots from its header's arrival until
 // its reply is sent. When slots or buffers run out, the connection stops receiving.

@@ -19,6 +19,8 @@ type receiver struct {
 	current    *request // its header has arrived; nil between messages
 	skip       int      // bytes of current's payload that nobody wants
 	touched    bool     // buffers were used since they were last given back
+	// alone: nothing is in flight, and lately requests have come one by one.
+	alone bool
 	// narrow: the last message was a large write, so that the next one is likely to
 	// be, too. Receive no more than its header, and the rest straight to where it goes.
 	narrow bool
@@ -26,6 +28,8 @@ type receiver struct {
 	// drained is when the socket was last seen empty with no message begun: what
 	// arrives was sent after that.
 	drained time.Duration
+
+	spin spin
 
 	msg unix.Msghdr
 	iov [2]unix.Iovec
@@ -73,6 +77,7 @@ func (c *conn) mustStop() bool {
 	if c.ended || c.stalled {
 		return true
 	}
+	rx.alone = c.depth == 0 && c.inFlight() == 0
 	if c.draining.Load() && rx.current == nil && rx.start == rx.end {
 		c.end(nil)
 		return true
@@ -302,7 +307,15 @@ func (rx *receiver) missing(headerBytes int) int {
 // costs least, then in a way that can be interrupted and gives memory back.
 func (c *conn) await() (int, error) {
 	rx := &c.receiver
-	n, err := c.socket.receive(&rx.msg, 0)
+	n, err := 0, error(unix.EAGAIN)
+	if !rx.alone {
+		rx.spin.interrupt()
+	} else if now := clock(); rx.spin.worthwhile(now) {
+		n, err = rx.spin.receive(&c.socket, &rx.msg, now)
+	}
+	if wouldBlock(err) {
+		n, err = c.socket.receive(&rx.msg, 0)
+	}
 	for wouldBlock(err) {
 		timeout := -1
 		if rx.touched {
