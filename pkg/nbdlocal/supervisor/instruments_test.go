@@ -60,6 +60,12 @@ func TestLimits_SurviveServerAndSupervisor(t *testing.T) {
 	if got := h.limitsInForce(image); got != want {
 		t.Errorf("in force after supervisor and server are others: %v, want %v", got, want)
 	}
+	if _, err := h.client.Upgrade(h.ctx, image, UpgradeRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := h.limitsInForce(image); got != want {
+		t.Errorf("in force after an upgrade: %v, want %v", got, want)
+	}
 	if set, err = h.client.SetLimits(h.ctx, image, nil); err != nil || set.Limits != nil {
 		t.Errorf("reset: %+v, %v", set.Limits, err)
 	}
