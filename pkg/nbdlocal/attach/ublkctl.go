@@ -123,7 +123,7 @@ func (c ublkCall) carryOut(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ublk: %w", err)
 	}
-	defer ring.Close()
+	defer func() { _ = ring.Close() }()
 	page, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return nil, fmt.Errorf("ublk: map a command's buffer: %w", err)
