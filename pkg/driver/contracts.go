@@ -172,6 +172,8 @@ type Attacher interface {
 	// Detach removes the device; then everything written is durable and the image
 	// closed. block.ErrBusy: the device is in use. block.ErrNotFound: there is none.
 	Detach(ctx context.Context, handle string) error
+	// Transports returns the names of the transports that work on this node.
+	Transports(ctx context.Context) ([]string, error)
 }
 
 // AttachSpec says which volume to attach, and as what.

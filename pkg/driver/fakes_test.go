@@ -412,6 +412,13 @@ func (a *fakeAttacher) Resize(_ context.Context, handle string) (Attachment, err
 	return d.Attachment, nil
 }
 
+func (a *fakeAttacher) Transports(context.Context) ([]string, error) {
+	if err := a.enter("Transports"); err != nil {
+		return nil, err
+	}
+	return []string{"nbd", "fuse"}, nil
+}
+
 func (a *fakeAttacher) Detach(_ context.Context, handle string) error {
 	if err := a.enter("Detach"); err != nil {
 		return err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -496,7 +497,12 @@ func TestNodeGetInfo(t *testing.T) {
 	b := newBench(t)
 	resp, err := b.node.NodeGetInfo(t.Context(), &csi.NodeGetInfoRequest{})
 	must(t, "NodeGetInfo", err)
-	if resp.GetNodeId() != "node-1" || resp.GetMaxVolumesPerNode() != 7 || resp.GetAccessibleTopology() != nil {
+	want := map[string]string{Name + "/transport-nbd": "true", Name + "/transport-fuse": "true"}
+	if resp.GetNodeId() != "node-1" || resp.GetMaxVolumesPerNode() != 7 || !maps.Equal(resp.GetAccessibleTopology().GetSegments(), want) {
 		t.Errorf("got %v", resp)
 	}
+	// Better no answer than one that tells of no transports: it is asked again.
+	b.attacher.fail("Transports", ErrUnavailable)
+	_, err = b.node.NodeGetInfo(t.Context(), &csi.NodeGetInfoRequest{})
+	wantCode(t, "NodeGetInfo without a supervisor", err, codes.Unavailable)
 }

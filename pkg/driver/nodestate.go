@@ -35,8 +35,25 @@ func (n *node) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRequ
 	return resp, nil
 }
 
-func (n *node) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.NodeGetInfoResponse, error) {
-	return &csi.NodeGetInfoResponse{NodeId: n.cfg.ID, MaxVolumesPerNode: n.cfg.MaxVolumes}, nil
+// transportTopology begins the topology keys that say which transports a node has: a
+// volume whose StorageClass forces one can be kept to nodes that do.
+const transportTopology = Name + "/transport-"
+
+// NodeGetInfo tells of a transport that works, and nothing of one that doesn't: a node's
+// labels may come, but never change.
+func (n *node) NodeGetInfo(ctx context.Context, _ *csi.NodeGetInfoRequest) (*csi.NodeGetInfoResponse, error) {
+	names, err := n.cfg.Attacher.Transports(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("node %s: which transports work: %w", n.cfg.ID, err)
+	}
+	resp := &csi.NodeGetInfoResponse{NodeId: n.cfg.ID, MaxVolumesPerNode: n.cfg.MaxVolumes}
+	if len(names) > 0 {
+		resp.AccessibleTopology = &csi.Topology{Segments: map[string]string{}}
+	}
+	for _, name := range names {
+		resp.AccessibleTopology.Segments[transportTopology+name] = "true"
+	}
+	return resp, nil
 }
 
 func (n *node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {

@@ -49,6 +49,16 @@ func (a attacher) Detach(ctx context.Context, handle string) error {
 	return translate(a.client.Detach(ctx, handle, false))
 }
 
+func (a attacher) Transports(ctx context.Context) (names []string, err error) {
+	status, err := a.client.Status(ctx)
+	for _, t := range status.Transports {
+		if t.Problem == "" {
+			names = append(names, t.Name)
+		}
+	}
+	return names, translate(err)
+}
+
 func fromAttachment(at supervisor.Attachment) driver.Attachment {
 	return driver.Attachment{
 		Device: at.Device, SizeBytes: at.SizeBytes, ReadOnly: at.ReadOnly,

@@ -143,6 +143,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	for _, a := range left {
 		s.start(a)
 	}
+	s.lives.Go(func() { s.tellTransports(ctx) })
 	s.cfg.Log.Info("supervisor runs", "stateDir", s.cfg.StateDir, "attachments", len(left))
 	err = s.serveAPI(ctx, listener)
 	s.stop()
@@ -427,6 +428,26 @@ func (s *Supervisor) transport(name string) attach.Transport {
 		}
 	}
 	return nil
+}
+
+// tellTransports logs which transports work here, and what the others are missing.
+func (s *Supervisor) tellTransports(ctx context.Context) {
+	works := 0
+	for _, t := range s.cfg.Transports {
+		err := s.probe(ctx, t)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			s.cfg.Log.Info("a transport does not work on this node", "transport", t.Name(), "because", err)
+			continue
+		}
+		works++
+		s.cfg.Log.Info("a transport works on this node", "transport", t.Name())
+	}
+	if works == 0 {
+		s.cfg.Log.Error("no transport works on this node: volumes cannot be attached until one does, see above")
+	}
 }
 
 // pickTransport returns the transport with a name, or, if name is "", the first that
