@@ -6,7 +6,8 @@
 //   - info.go … resize.go: `image`
 //   - serve.go: an NBD server for foreign clients
 //   - attach.go, supervisor.go, server.go: local block devices
-//   - store.go, standalone.go: stores, and the driver
+//   - store.go, standalone.go: stores, and the driver on one machine
+//   - controller.go, node.go, storeset.go, guard.go, health.go: the driver in a cluster
 //   - internal/demo: the main job, end to end
 package main
 
@@ -93,9 +94,10 @@ without the i. The exit code is 0 for success and 1 for an error; ` + "`image ch
 		newAttachCommand(), newDetachCommand(), newDevicesCommand(),
 		newStoreCommand(),
 		newStandaloneCommand(),
+		newControllerCommand(), newNodeCommand(), newSupervisorCommand(),
 		newDemoCommand(),
 		newUpgradeCommand(),
-		newServerCommand(), newSupervisorCommand(), newKeeperCommand(),
+		newServerCommand(), newKeeperCommand(),
 		newVersionCommand(),
 	)
 	return root

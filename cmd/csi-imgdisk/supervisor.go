@@ -16,14 +16,28 @@ import (
 func newSupervisorCommand() *cobra.Command {
 	var run runDir
 	var metricsAddress string
+	var stores storeFlags
+	var guarded bool
 	cmd := &cobra.Command{
-		Use:    "supervisor",
-		Short:  "Keep volumes attached: start, watch and restart their servers",
-		Hidden: true,
-		Args:   cobra.NoArgs,
+		Use:   "supervisor",
+		Short: "Keep volumes attached: start, watch and restart their servers",
+		Long: `Starts, watches and restarts the processes that serve this machine's volumes, as the node
+plugin or another client asks at a socket in --run-dir. What is attached lives on when it
+ends, and is taken over by the next one.
+
+Stores that are NFS exports or SMB shares are mounted here, because the servers see them.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if guarded {
+				return guard(cmd.Context(), slog.Default())
+			}
 			if err := run.prepare(); err != nil {
 				return err
+			}
+			if stores.given() {
+				if err := stores.keepMounted(cmd.Context(), run.storeStatus()); err != nil {
+					return err
+				}
 			}
 			slog.SetDefault(logger())
 			s, err := supervisor.New(supervisor.Config{
@@ -42,6 +56,8 @@ func newSupervisorCommand() *cobra.Command {
 	}
 	addRunDirFlag(cmd, &run)
 	addMetricsFlag(cmd, &metricsAddress)
+	stores.add(cmd)
+	cmd.Flags().BoolVar(&guarded, "guard", false, "run it as a child and start it again whenever it ends: for the first process of a container")
 	return cmd
 }
 
