@@ -30,7 +30,16 @@ func apart(f func() error, keep ...int) error {
 
 // onOwnDescriptors is for a goroutine that ends with it: the thread must not be another's.
 func onOwnDescriptors(f func() error, keep []int) error {
-	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+	runtime.LockOSThread()
+	if unix.Gettid() == unix.Getpid() {
+		// The first thread can't end, and what /proc/self says of descriptors is about
+		// its. While it is locked another goroutine runs on another.
+		defer runtime.UnlockOSThread()
+		done := make(chan error, 1)
+		go func() { done <- onOwnDescriptors(f, keep) }()
+		return <-done
+	}
+	// Never unlocked: the thread ends with the goroutine.
 	if err := unix.Unshare(unix.CLONE_FILES); err != nil {
 		return fmt.Errorf("get a table of descriptors for one thread: %w", err)
 	}

@@ -15,19 +15,47 @@ import (
 // so collecting earlier costs next to nothing.
 const idleGCPercent = 50
 
-// prepareProcess makes the process fit to stand below a block device, as far as the
+// plentyLocked is a limit on locked memory under which a program takes nothing from the
+// buffers of its requests.
+const plentyLocked = 256 << 20
+
+// prepareServer makes a server's process fit to stand below a block device, as far as the
 // kernel lets it; none of it is needed for being right.
-func prepareProcess() {
+func prepareServer() {
 	prctlAllThreads("no new privileges", unix.PR_SET_NO_NEW_PRIVS)
+	protectFromPressure()
+	allowLocking()
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(idleGCPercent)
+	}
+}
+
+// protectFromPressure is for processes without which dirty memory cannot be written back:
+// servers, and the supervisor, which starts them again.
+func protectFromPressure() {
 	// Memory that a request needs must not be got by writing back dirty pages of
 	// the very device it is for. Needs CAP_SYS_RESOURCE.
 	prctlAllThreads("no writeback for memory (IO_FLUSHER)", unix.PR_SET_IO_FLUSHER)
-	// Killing a server frees little and stalls its volume's users.
+	// Killing one frees little and stalls volumes' users.
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-999"), 0o600); err != nil {
 		slog.Debug("the kernel does not allow a process setting", "setting", "oom_score_adj", "error", err)
 	}
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(idleGCPercent)
+}
+
+// allowLocking lifts the limit on locked memory as far as it goes. Later, when the process
+// is confined, the limit is all it may lock.
+func allowLocking() {
+	err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
+	if err == nil {
+		return
+	}
+	var limit unix.Rlimit
+	if err = unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit); err == nil {
+		limit.Cur = limit.Max
+		err = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit)
+	}
+	if err != nil {
+		slog.Debug("the kernel does not allow a process setting", "setting", "locked memory", "error", err)
 	}
 }
 
@@ -41,7 +69,8 @@ func prctlAllThreads(setting string, option uintptr) {
 
 // shedStartup gives back the memory that only starting needed: the heap's, and the
 // pages of the binary that were touched once. Those still wanted come back from the
-// page cache.
+// page cache, and then stay: a server that is short of memory must not have to read its
+// own program, which might lie on what it serves.
 func shedStartup() {
 	debug.FreeOSMemory()
 	binary, err := os.Readlink("/proc/self/exe")
@@ -52,8 +81,14 @@ func shedStartup() {
 	if err != nil {
 		return
 	}
+	// The first claim on what may be locked have buffers of requests.
+	var limit unix.Rlimit
+	lock := unix.Getrlimit(unix.RLIMIT_MEMLOCK, &limit) == nil && limit.Cur >= plentyLocked
 	for _, m := range unmodifiedMappings(string(smaps), binary) {
 		_, _, _ = unix.Syscall(unix.SYS_MADVISE, m.start, m.end-m.start, unix.MADV_DONTNEED)
+		if lock { // from when they are next wanted
+			_, _, _ = unix.Syscall(unix.SYS_MLOCK2, m.start, m.end-m.start, unix.MLOCK_ONFAULT)
+		}
 	}
 }
 

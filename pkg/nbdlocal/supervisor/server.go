@@ -59,6 +59,9 @@ const (
 	// answerPatience is how long an ending server waits for its last answers to be
 	// taken.
 	answerPatience = 2 * time.Second
+	// settleTime is after how long a server has what it needs in order to serve, and
+	// gives back once more what only coming to that needed.
+	settleTime = 5 * time.Second
 	// maxControlConns bounds the clients of a control socket; the supervisor has two.
 	maxControlConns = 32
 )
@@ -89,7 +92,7 @@ type ServerConfig struct {
 // outcome is also left in a file beside the control socket, for a supervisor that
 // was away.
 func RunServer(ctx context.Context, cfg ServerConfig) error {
-	prepareProcess()
+	prepareServer()
 	listener, err := listenUnix("unixpacket", cfg.Control)
 	if err != nil {
 		return err
@@ -226,6 +229,7 @@ func (s *server) open(f OpenFunc, signals <-chan os.Signal) (Opened, error) {
 			s.since = time.Now()
 			close(s.opened)
 			shedStartup()
+			time.AfterFunc(settleTime, shedStartup)
 			return s.device, s.openErr
 		}
 	}

@@ -123,6 +123,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 			return fmt.Errorf("supervisor: %w", err)
 		}
 	}
+	protectFromPressure()
 	lock, err := s.lock()
 	if err != nil {
 		return err
