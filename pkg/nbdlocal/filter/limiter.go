@@ -19,35 +19,43 @@ type Limiter struct {
 	block.Device
 	limiting atomic.Bool // there are limits
 
-	// turn is held by the request that passes next, while it waits for tokens. Go
-	// serves those who wait for a channel in the order in which they came.
-	turn    chan struct{}
-	timer   *time.Timer   // belongs to who holds turn
-	changed chan struct{} // gets a value when limits change
-
-	waiting atomic.Int64
-	delayed atomic.Uint64
-	waited  atomic.Int64
-
 	mu       sync.Mutex
 	limits   Limits
 	lifted   bool
-	refilled time.Duration
 	requests bucket
 	bytes    bucket
+	refilled time.Duration
+	timer    *time.Timer // calls admit when the first in the queue may pass
+
+	first, last *waiter // the queue
+	unused      *waiter // so that waiting allocates only when more wait than ever before
+	waits       Waits
+}
+
+// waiter is a request that waits.
+type waiter struct {
+	next  *waiter
+	bytes int
+	began time.Duration
+	pass  chan struct{} // gets a value when it may
 }
 
 // Waits are what a Limiter has made of its requests.
 type Waits struct {
 	Waiting     int    `json:"waiting"`     // now
 	Delayed     uint64 `json:"delayed"`     // requests that have had to wait
-	Nanoseconds uint64 `json:"nanoseconds"` // that they have waited, together
+	Nanoseconds uint64 `json:"nanoseconds"` // that those have waited, together
 }
 
 // NewLimiter returns a device that passes requests on to dev, without limits until Set
 // sets some.
 func NewLimiter(dev block.Device) *Limiter {
-	l := &Limiter{Device: dev, turn: make(chan struct{}, 1), changed: make(chan struct{}, 1), timer: time.NewTimer(0)}
+	l := &Limiter{Device: dev}
+	l.timer = time.AfterFunc(time.Hour, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.admit()
+	})
 	l.timer.Stop()
 	return l
 }
@@ -76,10 +84,7 @@ func (l *Limiter) set(limits Limits) {
 	l.requests.set(limits.IOPS, limits.Burst())
 	l.bytes.set(limits.BytesPerSecond, limits.Burst())
 	l.limiting.Store(!limits.None())
-	select {
-	case l.changed <- struct{}{}: // who waits looks again
-	default: // he has been told to, and has not looked yet
-	}
+	l.admit()
 }
 
 // Limits returns the limits as they are.
@@ -91,45 +96,74 @@ func (l *Limiter) Limits() Limits {
 
 // Waits returns the counters as they are.
 func (l *Limiter) Waits() Waits {
-	return Waits{
-		Waiting:     int(l.waiting.Load()),
-		Delayed:     l.delayed.Load(),
-		Nanoseconds: uint64(l.waited.Load()),
-	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.waits
 }
 
 // pass returns when a request that moves n bytes may begin.
 func (l *Limiter) pass(n int) {
-	if !l.limiting.Load() || l.waiting.Load() == 0 && l.take(n) == 0 {
+	if !l.limiting.Load() {
 		return
 	}
-	l.waiting.Add(1)
-	began := clock()
-	l.turn <- struct{}{}
-	l.wait(n)
-	<-l.turn
-	l.waited.Add(int64(clock() - began))
-	l.delayed.Add(1)
-	l.waiting.Add(-1)
+	l.mu.Lock()
+	l.refill()
+	if l.first == nil {
+		delay := l.take(n)
+		if delay == 0 {
+			l.mu.Unlock()
+			return
+		}
+		l.timer.Reset(delay)
+	}
+	w := l.queue(n)
+	l.mu.Unlock()
+	<-w.pass
+	l.mu.Lock()
+	w.next, l.unused = l.unused, w
+	l.mu.Unlock()
 }
 
-// wait waits for a request's tokens and takes them. The caller has the turn.
-func (l *Limiter) wait(n int) {
-	for delay := l.take(n); delay > 0; delay = l.take(n) {
-		l.timer.Reset(delay)
-		select {
-		case <-l.timer.C:
-		case <-l.changed:
+// queue makes a request the last to wait. The lock is held.
+func (l *Limiter) queue(n int) *waiter {
+	w := l.unused
+	if w == nil {
+		w = &waiter{pass: make(chan struct{}, 1)}
+	} else {
+		l.unused = w.next
+	}
+	w.next, w.bytes, w.began = nil, n, clock()
+	if l.first == nil {
+		l.first = w
+	} else {
+		l.last.next = w
+	}
+	l.last = w
+	l.waits.Waiting++
+	return w
+}
+
+// admit lets those pass who may, and has itself called for the next one. All who may are
+// woken at once: were they to wake one another, a busy machine would make the limit lower
+// than it is. The lock is held.
+func (l *Limiter) admit() {
+	l.refill()
+	for w := l.first; w != nil; w = l.first {
+		if delay := l.take(w.bytes); delay > 0 {
+			l.timer.Reset(delay)
+			return
 		}
+		l.first = w.next
+		l.waits.Waiting--
+		l.waits.Delayed++
+		l.waits.Nanoseconds += uint64(l.refilled - w.began)
+		w.pass <- struct{}{}
 	}
 }
 
 // take takes a request's tokens and returns 0; or it takes nothing and returns how long
-// it will be until that is possible.
+// it will be until that is possible. The lock is held.
 func (l *Limiter) take(n int) time.Duration {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.refill()
 	if delay := max(l.requests.delay(), l.bytes.delay()); delay > 0 {
 		return delay
 	}
