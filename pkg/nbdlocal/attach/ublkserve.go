@@ -40,8 +40,10 @@ const (
 // There is one ServeUBLK for a device at a time.
 //
 // Each queue of the device has an operating system thread, which takes requests and
-// carries them out as long as that is fast. Those that are expected to take longer it
-// leaves to helpers, so that the next can be taken meanwhile.
+// carries them out as long as that is fast. Those that are expected to take longer, by what
+// requests of their kind took lately, it leaves to helpers, so that the next can be taken
+// meanwhile. So when fast storage stalls, a queue waits for one request; after that, for
+// none.
 func ServeUBLK(ctx context.Context, file *os.File, dev block.Device, opts UBLKOptions) error {
 	if opts.Helpers == 0 {
 		opts.Helpers = ublkDefaultHelpers

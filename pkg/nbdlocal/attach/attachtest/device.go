@@ -31,6 +31,9 @@ func (d *fileDevice) check(off, n int64) error {
 	if d.cfg.DelayMillis > 0 {
 		time.Sleep(time.Duration(d.cfg.DelayMillis) * time.Millisecond)
 	}
+	for d.cfg.StallFile != "" && off >= d.cfg.StallAt && unix.Access(d.cfg.StallFile, unix.F_OK) == nil {
+		time.Sleep(time.Millisecond)
+	}
 	return block.CheckRange(off, n, d.Info().SizeBytes)
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -197,4 +198,77 @@ func testForgotten(t *testing.T, cfg Config) {
 		t.Errorf("Abort of an incomplete device: %v", err)
 	}
 	r.awaitGone()
+}
+
+// testStalled: requests that wait for storage hold up no others, once it is known to be
+// slow.
+func testStalled(t *testing.T, cfg Config) {
+	if cfg.Transport == "fuse" {
+		t.Skip("the readers of a FUSE server call for help when a slow request has ended: when all of them wait, the rest waits")
+	}
+	r := newRig(t, cfg)
+	r.server.StallFile, r.server.StallAt = filepath.Join(filepath.Dir(r.backing), "stall"), sizeBytes/2
+	stall := func() {
+		t.Helper()
+		if err := os.WriteFile(r.server.StallFile, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	goOn := func() { _ = os.Remove(r.server.StallFile) }
+	t.Cleanup(goOn)
+	r.attach()
+	dev := r.open(os.O_RDWR)
+	wrote := make(chan error)
+	write := func(off int64) {
+		p := r.buffer(4096)
+		fillBlock(p, off, 1)
+		go func() {
+			_, err := dev.WriteAt(p, off)
+			wrote <- err
+		}()
+	}
+	for i := range int64(10) { // of which the server learns what writes take
+		stall()
+		write(r.server.StallAt + i*4096)
+		time.Sleep(5 * time.Millisecond)
+		goOn()
+		if err := <-wrote; err != nil {
+			t.Fatal(err)
+		}
+	}
+	stall()
+	const writers = 8
+	for i := range int64(writers) {
+		write(r.server.StallAt + i*1<<20)
+	}
+	time.Sleep(50 * time.Millisecond) // they are with the server, or soon will be
+	readsDone := make(chan error, 1)
+	p := r.buffer(4096)
+	go func() {
+		for i := range int64(200) {
+			if _, err := dev.ReadAt(p, i*4096); err != nil {
+				readsDone <- err
+				return
+			}
+		}
+		readsDone <- nil
+	}()
+	select {
+	case err := <-readsDone:
+		if err != nil {
+			t.Errorf("a read beside writes that wait: %v", err)
+		}
+	case err := <-wrote:
+		t.Errorf("a write that was to wait has ended: %v", err)
+	case <-time.After(time.Minute):
+		t.Error("reads are held up by writes that wait")
+	}
+	goOn()
+	for range writers {
+		if err := <-wrote; err != nil {
+			t.Errorf("a write that waited: %v", err)
+		}
+	}
+	dev.Close()
+	r.detach()
 }

@@ -34,8 +34,11 @@ type serverConfig struct {
 	ReadOnly    bool
 	FullAt      int64 // writes beyond this byte find no space; 0 = none do
 	DelayMillis int   // every request takes at least this long
-	Mute        bool  // take no requests at all
-	Confined    bool  // as the servers of volumes are
+	// StallFile, while it exists, keeps requests waiting that begin at StallAt or later.
+	StallFile string
+	StallAt   int64
+	Mute      bool // take no requests at all
+	Confined  bool // as the servers of volumes are
 }
 
 // supervisorConfig is that of a process that attaches and then waits to be killed.

@@ -66,6 +66,7 @@ func Run(t *testing.T, cfg Config) {
 		{"HandOver", testHandOver},
 		{"KillSuccessor", testKillSuccessor},
 		{"Forgotten", testForgotten},
+		{"Stalled", testStalled},
 	} {
 		if len(cfg.Only) == 0 || slices.Contains(cfg.Only, c.name) {
 			t.Run(c.name, func(t *testing.T) { c.test(t, cfg) })
