@@ -9,28 +9,41 @@ import (
 type machine struct {
 	name      string
 	memoryMiB int
-	arguments []string // the program to run and its arguments, without commas and spaces
+	programs  []string // that are built and packed; the first is run
+	arguments []string // its arguments, without commas and spaces
 }
 
 // testMachines run the tests, each those that say that they run on it.
 var testMachines = []machine{
-	{"transports", 1536, []string{"guest.test"}},
-	{"volumes", 1024, []string{"volumes.test"}},
-	{"stall", 1024, []string{"volumes.test"}},
-	{"memory", 320, []string{"volumes.test"}}, // MiB: less than what its tests write into page caches
+	{name: "transports", memoryMiB: 1536, programs: []string{"guest.test"}},
+	{name: "volumes", memoryMiB: 1024, programs: []string{"volumes.test", "csi-imgdisk"}},
+	{name: "stall", memoryMiB: 1024, programs: []string{"volumes.test", "csi-imgdisk"}},
+	// Less memory than what its tests write into page caches.
+	{name: "memory", memoryMiB: 320, programs: []string{"volumes.test", "csi-imgdisk"}},
+}
+
+// builds are how go makes the programs.
+var builds = map[string][]string{
+	"guest.test":   {"test", "-c", "./test/vm/guest"},
+	"volumes.test": {"test", "-c", "./test/vm/volumes"},
+	"soak":         {"build", "./test/soak"},
+	"csi-imgdisk":  {"build", "./cmd/csi-imgdisk"},
 }
 
 // chosen returns the machines to boot.
 func (c config) chosen() []machine {
 	if c.soak > 0 {
-		return []machine{{"soak", 1536, withSeed("soak", "-for="+c.soak.String(), "-binary=/bin/csi-imgdisk", "-dir=/store")}}
+		return []machine{{
+			name: "soak", memoryMiB: 1536, programs: []string{"soak", "csi-imgdisk"},
+			arguments: []string{"-for=" + c.soak.String(), "-binary=/bin/csi-imgdisk", "-dir=/store"},
+		}}
 	}
 	var list []machine
 	for _, m := range testMachines {
 		if !c.machines.MatchString(m.name) {
 			continue
 		}
-		m.arguments = append(withSeed(m.arguments...), "-test.v", "-test.timeout="+(c.limit-30*time.Second).String())
+		m.arguments = []string{"-test.v", "-test.timeout=" + (c.limit - 30*time.Second).String()}
 		if c.run != "" {
 			m.arguments = append(m.arguments, "-test.run="+c.run)
 		}
@@ -39,10 +52,11 @@ func (c config) chosen() []machine {
 	return list
 }
 
-// withSeed lets a seed that is to be replayed reach the machine.
-func withSeed(arguments ...string) []string {
+// commandLine is what the machine runs. A seed that is to be replayed reaches it.
+func (m machine) commandLine() []string {
+	line := append([]string{m.programs[0]}, m.arguments...)
 	if seed := os.Getenv("IMGDISK_SEED"); seed != "" {
-		return append([]string{"env", "IMGDISK_SEED=" + seed}, arguments...)
+		return append([]string{"env", "IMGDISK_SEED=" + seed}, line...)
 	}
-	return arguments
+	return line
 }

@@ -80,11 +80,10 @@ func runAll(ctx context.Context, c config) error {
 		return err
 	}
 	defer os.RemoveAll(work)
-	programs := filepath.Join(work, "programs")
-	if err := build(ctx, programs); err != nil {
+	machines, programs := c.chosen(), filepath.Join(work, "programs")
+	if err := build(ctx, programs, machines); err != nil {
 		return err
 	}
-	machines := c.chosen()
 	errs := make([]error, len(c.kernels)*len(machines))
 	var running sync.WaitGroup
 	for i, version := range c.kernels {
@@ -124,18 +123,22 @@ func runOne(ctx context.Context, k kernel, files bootFiles, m machine, limit tim
 }
 
 // build builds the programs that run in machines.
-func build(ctx context.Context, dir string) error {
+func build(ctx context.Context, dir string, machines []machine) error {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return err
 	}
-	for _, args := range [][]string{
-		{"test", "-c", "-o", filepath.Join(dir, "guest.test"), "./test/vm/guest"},
-		{"test", "-c", "-o", filepath.Join(dir, "volumes.test"), "./test/vm/volumes"},
-		{"build", "-o", filepath.Join(dir, "soak"), "./test/soak"},
-		{"build", "-o", filepath.Join(dir, "csi-imgdisk"), "./cmd/csi-imgdisk"},
-	} {
-		if err := command(ctx, "go", append([]string{args[0], "-ldflags", "-s -w"}, args[1:]...)...); err != nil {
-			return err
+	built := map[string]bool{}
+	for _, m := range machines {
+		for _, name := range m.programs {
+			if built[name] {
+				continue
+			}
+			built[name] = true
+			how := builds[name]
+			args := append([]string{how[0], "-ldflags", "-s -w", "-o", filepath.Join(dir, name)}, how[1:]...)
+			if err := command(ctx, "go", args...); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -23,7 +23,7 @@ func boot(ctx context.Context, k kernel, files bootFiles, m machine) error {
 		"-display", "none", "-no-reboot", "-nodefaults", "-serial", "stdio",
 		"-snapshot", "-drive", "file="+files.disk+",if=virtio,format=raw,cache=unsafe",
 		"-kernel", k.image, "-initrd", files.initramfs,
-		"-append", "console=ttyS0 panic=-1 quiet imgdisk.machine="+m.name+" imgdisk.arguments="+strings.Join(m.arguments, ","))
+		"-append", "console=ttyS0 panic=-1 quiet imgdisk.machine="+m.name+" imgdisk.arguments="+strings.Join(m.commandLine(), ","))
 	cmd.Stderr = os.Stderr
 	cmd.WaitDelay = 10 * time.Second
 	out, err := cmd.StdoutPipe()

@@ -77,8 +77,12 @@ func (c *Cut) Verify(path string) error {
 
 // found is what a block that changed during the cut was found to hold.
 type found struct {
-	seq    uint64 // 0: zeroes
+	seq    uint64
 	zeroes bool
+}
+
+func (f found) is(s state) bool {
+	return f.zeroes && s.kind == zeroes || !f.zeroes && s.kind == data && s.seq == f.seq
 }
 
 func (c *workerCut) verify(r *worker) error {
@@ -118,18 +122,17 @@ func (c *workerCut) verify(r *worker) error {
 func allowed(history []state, got found, last uint64) error {
 	want, before := history[0], history[0]
 	for _, s := range history {
-		if s.kind == anything || s.kind == zeroes && got.zeroes {
-			return nil // zeroes don't tell which request they are of
-		}
-		if s.seq <= last {
+		switch {
+		case s.kind == anything:
+			return nil
+		case s.seq <= last:
 			want, before = s, want
+		case s.kind == zeroes && got.is(s):
+			return nil // the last that is in may have left zeroes only, which don't tell
 		}
-	}
-	if want.kind == data && want.seq == got.seq {
-		return nil
 	}
 	// The last request may be in with some of its blocks: the kernel splits long ones.
-	if want.seq == last && before.kind == data && before.seq == got.seq {
+	if got.is(want) || want.seq == last && got.is(before) {
 		return nil
 	}
 	return fmt.Errorf("want %v, the last of %v up to request %d, got that of request %d", want, history, last, got.seq)

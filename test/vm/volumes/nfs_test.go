@@ -23,8 +23,9 @@ const (
 	exportFlags = 0x2000 | 0x400 | 0x2
 	farFuture   = 1 << 31 // when cached answers expire, in seconds since 1970
 	// graceSeconds is how long a server that starts waits for its clients to claim what
-	// they had locked. The least the kernel takes is 10.
-	graceSeconds = "10"
+	// they had locked: longer than a client that was refused for 70 s takes until it tries
+	// again. What it doesn't claim in time is lost, and writing to it fails.
+	graceSeconds = "60"
 )
 
 // startNFS starts the server.
@@ -54,10 +55,10 @@ func (s *nfs) start(t *testing.T) {
 	for _, w := range []struct{ path, text string }{
 		{"/proc/fs/nfsd/nfsv4gracetime", graceSeconds},
 		{"/proc/fs/nfsd/versions", "-3 +4 +4.1 +4.2"},
-		{"/proc/net/rpc/auth.unix.ip/channel", fmt.Sprintf("nfsd 127.0.0.1 %d %s\n", farFuture-1, nfsDomain)},
-		{"/proc/net/rpc/nfsd.export/channel", fmt.Sprintf("%s %s %d %d 65534 65534 0\n", nfsDomain, nfsDir, farFuture-1, exportFlags)},
+		{"/proc/net/rpc/auth.unix.ip/channel", fmt.Sprintf("nfsd 127.0.0.1 %d %s", farFuture-1, nfsDomain)},
+		{"/proc/net/rpc/nfsd.export/channel", fmt.Sprintf("%s %s %d %d 65534 65534 0", nfsDomain, nfsDir, farFuture-1, exportFlags)},
 		// 1 is FSID_NUM: the root of what is exported has number 0.
-		{"/proc/net/rpc/nfsd.fh/channel", fmt.Sprintf("%s 1 \\x00000000 %d %s\n", nfsDomain, farFuture-1, nfsDir)},
+		{"/proc/net/rpc/nfsd.fh/channel", fmt.Sprintf("%s 1 \\x00000000 %d %s", nfsDomain, farFuture-1, nfsDir)},
 		{"/proc/fs/nfsd/portlist", "tcp 2049"},
 		{"/proc/fs/nfsd/threads", "4"},
 	} {
@@ -86,7 +87,7 @@ func writeKernel(t *testing.T, path, text string) {
 	f, err := os.OpenFile(path, os.O_WRONLY, 0)
 	must(t, err)
 	defer f.Close()
-	if _, err := f.WriteString(text); err != nil {
+	if _, err := f.WriteString(text + "\n"); err != nil {
 		t.Fatalf("write %q to %s: %v", text, path, err)
 	}
 }
@@ -96,7 +97,7 @@ func (s *nfs) mount(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
 	var err error
-	for range 30 { // the server is in its grace period
+	for range 60 { // a server that starts may refuse new clients for some time
 		err = unix.Mount("127.0.0.1:/", dir, "nfs4", 0, "addr=127.0.0.1,clientaddr=127.0.0.1,vers=4.2,proto=tcp,hard,timeo=50")
 		if err == nil {
 			break
