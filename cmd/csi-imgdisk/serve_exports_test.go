@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"io"
 	"math/big"
 	"net"
 	"os"
@@ -211,6 +212,36 @@ func TestServe_TLS(t *testing.T) {
 		if out, err := exec.Command(nbdinfo, uri).CombinedOutput(); err == nil {
 			t.Errorf("%s, a client is served:\n%s", what, out)
 		}
+	}
+}
+
+// TestServe_HostileClients: clients that break the protocol are hung up on and logged, at a
+// bounded rate, and others are served.
+func TestServe_HostileClients(t *testing.T) {
+	dir := t.TempDir()
+	image, socket := filepath.Join(dir, "x.vmdk"), filepath.Join(dir, "s")
+	ok(t, "image", "create", image, "1M")
+	s, _ := startExports(t, 1, image, "--socket", socket)
+	for i := range 500 {
+		conn, err := net.Dial("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetDeadline(time.Now().Add(time.Minute))
+		if _, err := conn.Write(bytes.Repeat([]byte("GET / HTTP/1.1\r\n"), 1+i%50)); err == nil {
+			_, _ = io.Copy(io.Discard, conn)
+		}
+		_ = conn.Close()
+	}
+	if out, err := exec.Command(testenv.Oracle(t, "nbdinfo"), "nbd+unix:///?socket="+socket).CombinedOutput(); err != nil {
+		t.Errorf("nbdinfo: %v\n%s", err, out)
+	}
+	if code := s.end(syscall.SIGTERM); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	lines := strings.Count(s.stderr.String(), "hung up on")
+	if lines == 0 || lines > 50 {
+		t.Errorf("%d lines about 500 hostile clients:\n%s", lines, &s.stderr)
 	}
 }
 

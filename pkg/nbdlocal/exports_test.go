@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -89,8 +90,11 @@ func TestHandshake_SizeIsTheDevices(t *testing.T) {
 // acknowledged on one connection is durable once a flush on another is.
 func TestServe_FlushCoversOtherConnections(t *testing.T) {
 	dev := newMemDevice(mib)
+	var mu sync.Mutex
 	var written, durable []string
-	dev.before = func(op string, off, _ int64) error { // one request at a time
+	dev.before = func(op string, off, _ int64) error {
+		mu.Lock()
+		defer mu.Unlock()
 		switch op {
 		case "write":
 			written = append(written, fmt.Sprint(off))
@@ -108,12 +112,17 @@ func TestServe_FlushCoversOtherConnections(t *testing.T) {
 	}
 	first.write(1, []byte{1})
 	second.write(2, []byte{1})
-	if a := second.do(cmdFlush, 0, 0, 0, nil); a.errno != 0 || !slices.Equal(durable, []string{"1", "2"}) {
-		t.Errorf("flush: %v, durable are the writes at %v", a.errno, durable)
+	flushed := func() []string {
+		mu.Lock()
+		defer mu.Unlock()
+		return durable
+	}
+	if a := second.do(cmdFlush, 0, 0, 0, nil); a.errno != 0 || !slices.Equal(flushed(), []string{"1", "2"}) {
+		t.Errorf("flush: %v, durable are the writes at %v", a.errno, flushed())
 	}
 	first.write(3, []byte{1})
-	if a := second.do(cmdWrite, cmdFlagFUA, 4, 1, []byte{1}); a.errno != 0 || len(durable) != 4 {
-		t.Errorf("FUA: %v, durable are the writes at %v", a.errno, durable)
+	if a := second.do(cmdWrite, cmdFlagFUA, 4, 1, []byte{1}); a.errno != 0 || len(flushed()) != 4 {
+		t.Errorf("FUA: %v, durable are the writes at %v", a.errno, flushed())
 	}
 }
 
