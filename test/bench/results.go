@@ -34,7 +34,7 @@ type machine struct {
 	Kernel     string  `json:"kernel"`
 	FileSystem string  `json:"fileSystem"`
 	Memory     string  `json:"memoryFileSystem"` // of images that are read and overwritten
-	Load       float64 `json:"loadBefore"` // 1-minute average: others' work spoils figures
+	Load       float64 `json:"loadBefore"`       // 1-minute average: others' work spoils figures
 }
 
 // figures are what one contender reached at one work in one format, round by round.
