@@ -153,6 +153,21 @@ func TestDevices_WatchAndLimits(t *testing.T) {
 	if text := scrape(t, filepath.Join(runDir, "supervisor", "api.sock")); !strings.Contains(text, `csi_imgdisk_volume_operations_total{device="`+device.Device+`",op="read"`) {
 		t.Errorf("metrics: %s", text)
 	}
+	// A server that is stopped is left out, and does not keep the scrape from ending.
+	if err := syscall.Kill(device.PID, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	silent := `csi_imgdisk_volume_server_answering{device="` + device.Device + `",transport="` + device.Transport + `",volume="image:` + image + `"} 0`
+	var text string
+	for start := time.Now(); time.Since(start) < time.Minute && !strings.Contains(text, silent); {
+		text = scrape(t, filepath.Join(runDir, "supervisor", "api.sock")) // its threads do not all stop at once
+	}
+	if err := syscall.Kill(device.PID, syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(text, silent) || strings.Contains(text, "csi_imgdisk_volume_operations_total{") {
+		t.Errorf("metrics while the server is stopped: %s", text)
+	}
 	if logs, err := filepath.Glob(filepath.Join(runDir, "supervisor", "attachments", "*", "server.log")); err != nil || len(logs) != 1 {
 		t.Errorf("logs: %q, %v", logs, err)
 	} else if log, err := os.ReadFile(logs[0]); err != nil || !strings.Contains(string(log), "msg=limits volume=image:"+image) {
