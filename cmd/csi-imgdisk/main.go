@@ -4,7 +4,7 @@
 //   - main.go, output.go: the root command, errors and exit codes, text and JSON
 //   - location.go, access.go: from a path on the command line to an open image
 //   - info.go … resize.go: `image`
-//   - serve.go: an NBD server for foreign clients
+//   - serve.go, listen.go: an NBD server for foreign clients
 //   - attach.go, supervisor.go, server.go: local block devices
 //   - store.go, standalone.go: stores, and the driver on one machine
 //   - controller.go, node.go, storeset.go, guard.go, health.go: the driver in a cluster

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -96,6 +97,7 @@ func TestCompareSpeed(t *testing.T) {
 	if os.Getenv("IMGDISK_BENCH") == "" {
 		t.Skip("IMGDISK_BENCH=1 runs it")
 	}
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(runtime.NumCPU() + 16)) // as doc.go says
 	fio := testenv.Oracle(t, "fio")
 	seconds, rounds := envInt("IMGDISK_BENCH_SECONDS", 2), envInt("IMGDISK_BENCH_ROUNDS", 5)
 	only := os.Getenv("IMGDISK_BENCH_LOAD")
