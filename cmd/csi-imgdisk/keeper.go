@@ -7,7 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/confine"
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/keeper"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/supervisor"
 )
 
 func newKeeperCommand() *cobra.Command {
@@ -18,7 +18,7 @@ func newKeeperCommand() *cobra.Command {
 		Hidden: true,
 		Args:   cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			return keeper.Run(dir, func() error {
+			return supervisor.RunKeeper(dir, func() error {
 				_, err := confine.Process(confine.Rules{Write: []string{dir}})
 				if errors.Is(err, confine.ErrUnsupported) {
 					slog.Warn("the keeper has all of its rights", "because", err)

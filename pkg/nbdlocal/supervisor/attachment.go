@@ -86,7 +86,7 @@ type command struct {
 	kind    commandKind
 	request AttachRequest  // cmdAttach
 	force   bool           // cmdDetach
-	binary  string         // cmdUpgrade
+	upgrade *upgrade       // cmdUpgrade
 	limits  *filter.Limits // cmdLimits
 	done    chan result    // of capacity 1
 }
@@ -313,7 +313,7 @@ func (a *attachment) handle(ctx context.Context, c *command) (Attachment, error)
 	case c.kind == cmdResize:
 		err = a.resize(ctx)
 	case c.kind == cmdUpgrade:
-		err = a.upgrade(ctx, c.binary)
+		err = a.upgrade(ctx, c.upgrade)
 	case c.kind == cmdLimits:
 		err = a.handleLimits(c)
 	}

@@ -7,11 +7,20 @@ import (
 	"slices"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
+	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/keeper"
 )
 
 // keptProtocol is the one whose descriptor keeps the device alive: the kernel ends a FUSE
 // connection with its last holder. A keeper holds it beside server and supervisor.
 const keptProtocol = "fuse"
+
+// RunKeeper is the body of a keeper's process, small; see keeper.Run.
+func RunKeeper(dir string, confine func() error) error {
+	return keeper.Run(dir, func() error {
+		shedStartup()
+		return confine()
+	})
+}
 
 // keep has the keeper hold what a server is about to serve.
 func (a *attachment) keep(protocol string, files []*os.File) {

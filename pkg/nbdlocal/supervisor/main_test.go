@@ -21,7 +21,6 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/attach"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/filter"
-	"github.com/csi-imgdisk/csi-imgdisk/pkg/nbdlocal/keeper"
 )
 
 // The test binary is also the supervisor's and the servers' binary.
@@ -31,7 +30,7 @@ func TestMain(m *testing.M) {
 		case "test-server":
 			os.Exit(exitStatus(serverMain(os.Args[2:])))
 		case "test-keeper":
-			os.Exit(exitStatus(keeper.Run(os.Args[3], func() error { return nil })))
+			os.Exit(exitStatus(RunKeeper(os.Args[3], func() error { return nil })))
 		case "test-supervisor":
 			os.Exit(exitStatus(supervisorMain(os.Args[2:])))
 		}

@@ -337,7 +337,7 @@ func (s *Supervisor) upgrade(ctx context.Context, id string, req UpgradeRequest)
 	if err := req.validate(); err != nil {
 		return Attachment{}, err
 	}
-	return s.submit(ctx, id, &command{kind: cmdUpgrade, binary: req.Binary})
+	return s.submit(ctx, id, &command{kind: cmdUpgrade, upgrade: &upgrade{binary: req.Binary}})
 }
 
 func (s *Supervisor) find(id string) (*attachment, error) {

@@ -30,15 +30,28 @@ import (
 
 var errReplacing = errors.New("its server is being replaced")
 
-// upgrade replaces the server by one of another program; "" is the supervisor's own.
-func (a *attachment) upgrade(ctx context.Context, binary string) error {
+// upgrade is what is wanted of an upgrade, and what has come of it.
+type upgrade struct {
+	binary string // "" is the supervisor's own program
+	lazy   bool   // a server that is of that program already may stay
+
+	from     string // version before
+	replaced bool
+}
+
+// upgrade replaces the server by one of another program.
+func (a *attachment) upgrade(ctx context.Context, u *upgrade) error {
 	ctx, cancel := a.stepContext(ctx)
 	defer cancel()
 	if a.rec.Phase != Serving || !a.adopted || a.proc == nil || !a.proc.alive() {
 		return fmt.Errorf("upgrade %s: it is %s: %w", a.id, a.view.Load().Phase, block.ErrBusy)
 	}
-	old, from, before := a.proc, a.version, a.rec.Binary
-	next, version, err := a.startSuccessor(ctx, binary)
+	u.from = a.version
+	if u.lazy && runs(a.proc.pid, a.programOf(u.binary)) {
+		return nil
+	}
+	old, before := a.proc, a.rec.Binary
+	next, version, err := a.startSuccessor(ctx, u.binary)
 	if err != nil {
 		return fmt.Errorf("upgrade %s: the successor does not start, nothing has changed: %w", a.id, err)
 	}
@@ -47,14 +60,14 @@ func (a *attachment) upgrade(ctx context.Context, binary string) error {
 		return errors.Join(fmt.Errorf("upgrade %s: %w", a.id, err), next.destroy())
 	}
 	begun := time.Now()
-	err = a.replace(ctx, old, next, files, binary)
+	err = a.replace(ctx, old, next, files, u.binary)
 	closeFiles(files) // a socket that is kept open hides from the kernel that a server is gone
 	if err != nil {
-		a.log.Error("upgrade", "from", from, "to", version, "error", err)
+		a.log.Error("upgrade", "from", u.from, "to", version, "error", err)
 		return errors.Join(fmt.Errorf("upgrade %s: %w", a.id, err), a.fallBack(ctx, next, before, err))
 	}
-	a.pause = time.Since(begun)
-	a.log.Info("upgraded", "from", from, "to", a.version, "pause", a.pause, "pid", a.proc.pid)
+	a.pause, u.replaced = time.Since(begun), true
+	a.log.Info("upgraded", "from", u.from, "to", a.version, "pause", a.pause, "pid", a.proc.pid)
 	return nil
 }
 
@@ -225,28 +238,24 @@ func (s *Supervisor) upgradeAll(ctx context.Context, req UpgradeRequest) ([]Upgr
 	if err := req.validate(); err != nil {
 		return nil, err
 	}
-	program := req.Binary
-	if program == "" {
-		program = s.cfg.Binary
-	}
 	results := []UpgradeResult{}
 	for _, at := range s.list() {
 		if ctx.Err() != nil {
 			break
 		}
-		result := UpgradeResult{ID: at.ID, From: at.Version, To: at.Version}
-		if at.PID != 0 && runs(at.PID, program) {
-			results = append(results, result)
-			continue
-		}
-		now, err := s.upgrade(ctx, at.ID, req)
+		u := &upgrade{binary: req.Binary, lazy: true}
+		now, err := s.submit(ctx, at.ID, &command{kind: cmdUpgrade, upgrade: u})
 		if err != nil && s.unlisted(at.ID) {
 			continue // detached meanwhile
 		}
+		result := UpgradeResult{ID: at.ID, From: at.Version, To: at.Version}
 		if err != nil {
 			result.Problem = err.Error()
 		} else {
-			result.To, result.Replaced, result.PauseMillis = now.Version, true, now.UpgradePauseMillis
+			result.From, result.To, result.Replaced = u.from, now.Version, u.replaced
+		}
+		if result.Replaced {
+			result.PauseMillis = now.UpgradePauseMillis
 		}
 		results = append(results, result)
 		if err != nil && !errors.Is(err, block.ErrBusy) {

@@ -255,6 +255,14 @@ func TestReplace(t *testing.T) {
 	if err != nil || len(results) != 1 || !results[0].Replaced || results[0].To != "newer" {
 		t.Errorf("upgraded: %+v, %v", results, err)
 	}
+	// A supervisor of the same program leaves them; it looks when it has taken them over.
+	if _, err := Replace(h.ctx, cfg); err != nil {
+		t.Fatal(err)
+	}
+	results, err = h.client.UpgradeAll(h.ctx, UpgradeRequest{})
+	if err != nil || len(results) != 1 || results[0].Replaced || results[0].From != "newer" || results[0].Problem != "" {
+		t.Errorf("upgraded to the same: %+v, %v", results, err)
+	}
 	h.detach(image)
 	if err := Stop(h.ctx, h.stateDir); err != nil {
 		t.Error(err)
