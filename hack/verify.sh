@@ -18,3 +18,5 @@ if [[ $before != "$after" ]]; then
   diff <(echo "$before") <(echo "$after") >&2 || true
   exit 1
 fi
+# The chart: lint, the API's types, and what is committed of it.
+(cd tools/helm && go test -count=1 ./...)
