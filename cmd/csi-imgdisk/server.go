@@ -55,6 +55,7 @@ func newServerCommand() *cobra.Command {
 			if (opts.image == "") == (opts.store == "") {
 				return errors.New("either --image or --store and --volume is needed")
 			}
+			letWorkersWait()
 			slog.SetDefault(logger().With("volume", opts.volumeID()))
 			// RunServer obeys signals itself: not while the device is in use.
 			ctx := context.WithoutCancel(cmd.Context())
