@@ -334,7 +334,7 @@ func TestNode_WithTheDataPlane(t *testing.T) {
 	})
 
 	plugin.stop(t)
-	startNode()
+	plugin = startNode()
 	eventually(t, "a new plugin finds the volume staged, and unstages it", func() error {
 		if _, err := node.NodeStageVolume(ctx, stage); err != nil {
 			return err
@@ -346,6 +346,7 @@ func TestNode_WithTheDataPlane(t *testing.T) {
 	if err != nil || len(list) > 0 {
 		t.Errorf("attached after all: %v, %v", list, err)
 	}
+	plugin.stop(t)
 	dataPlane.stop(t)
 	waitGone(t, runDir)
 }
