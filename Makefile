@@ -15,13 +15,16 @@ RUN      ?= .
 MINUTES  ?= 10
 LINTER   := .cache/bin/golangci-lint
 
-.PHONY: help build demo test lint race fuzz conformance bench vm-test soak oracle-virtualbox generate verify clean go deps
+.PHONY: help build image demo test lint race fuzz conformance bench vm-test soak oracle-virtualbox generate verify clean go deps
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: go ## build bin/csi-imgdisk, one static binary
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/csi-imgdisk ./cmd/csi-imgdisk
+
+image: build ## make the container image and its bill of materials in .cache/image, as root, without Docker (IMAGE_NAME=NAME:TAG)
+	image/build.sh $(IMAGE_NAME)
 
 demo: go ## run the main job end to end on this machine, as root (IMAGE=any.vmdk takes your own)
 	@hack/install-deps.sh demo
