@@ -182,13 +182,13 @@ func (t *ublkTransport) start(ctx context.Context, st *State, hooks Hooks) error
 	if err := (ublkCall{name: "SET_PARAMS", number: ublkSetParams, dev: uint32(st.Index), payload: params}).do(ctx); err != nil {
 		return err
 	}
-	if err := t.serve(ctx, st.Index, hooks); err != nil {
-		return err
-	}
-	// It waits for the server to ask for requests. For partitions it does not look: see
-	// ublkThread.renounce.
-	if err := (ublkCall{name: "START_DEV", number: ublkStartDev, dev: uint32(st.Index), data: uint64(os.Getpid()), waits: true}).do(ctx); err != nil {
+	// It does not look for partitions: see renounceAdmin.
+	start := ublkCall{name: "START_DEV", number: ublkStartDev, dev: uint32(st.Index), data: uint64(os.Getpid())}
+	if err := start.around(ctx, func(ctx context.Context) error { return t.serve(ctx, st.Index, hooks) }); err != nil {
 		return ublkPIDError(err)
+	}
+	if !ublkHasServer(st.Index) {
+		return fmt.Errorf("the server of /dev/%s has ended: %w", ublkName(st.Index), block.ErrClosed)
 	}
 	name := ublkName(st.Index)
 	if err := setQueue(name, "io_timeout", ublkTimerMillis); err != nil {
@@ -202,6 +202,15 @@ func (t *ublkTransport) start(ctx context.Context, st *State, hooks Hooks) error
 	}
 	st.Device = "/dev/" + name
 	return hooks.Persist(*st)
+}
+
+// ublkHasServer says whether anybody has the device open as its server.
+func ublkHasServer(index int) bool {
+	fd, err := unix.Open(ublkCharPath(index), unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err == nil {
+		unix.Close(fd)
+	}
+	return err != nil // EBUSY: there is one server at a time
 }
 
 // serve opens the device for a server and hands it over. Nothing of it is kept here.
@@ -276,10 +285,10 @@ func (t *ublkTransport) Adopt(ctx context.Context, st State, _ []*os.File) error
 
 // Recover hands the device to a new server.
 //
-// Kernels before 6.16 have a hole here: if the new server dies when it has asked for
-// requests and before END_USER_RECOVERY, the device is taken for served and cannot be
-// recovered again. So the command is not given once ctx has ended, which it does with the
-// server: what is left is the time that the kernel takes to tell of a process's death.
+// Kernels before 6.16 have a hole here: if the new server dies when it has asked for all
+// requests and before END_USER_RECOVERY takes effect, the device is taken for served and
+// cannot be recovered again. The command is there first and only waits for the requests to
+// be asked for, and a dying server takes longer than that to be noticed.
 func (t *ublkTransport) Recover(ctx context.Context, st State, hooks Hooks) error {
 	if err := t.recover(ctx, st, hooks); err != nil {
 		return fmt.Errorf("recover %s: %w", st.ID, err)
@@ -292,17 +301,17 @@ func (t *ublkTransport) recover(ctx context.Context, st State, hooks Hooks) erro
 		return err
 	}
 	err := poll(ctx, ublkRecoveryLimit, func() (bool, error) { return t.beginRecovery(ctx, st) })
-	if errors.Is(err, errPollTimeout) {
+	if errors.Is(err, errPollTimeout) && ublkHasServer(st.Index) {
 		err = fmt.Errorf("the kernel is not done with the last server of %s: is it still there?: %w", st.Device, block.ErrBusy)
+	}
+	if errors.Is(err, errPollTimeout) {
+		err = fmt.Errorf("%s has no server, and the kernel (%s) has not noticed: its requests wait until it is detached by force: %w", st.Device, kernelRelease(), block.ErrBusy)
 	}
 	if err != nil {
 		return err
 	}
-	if err := t.serve(ctx, st.Index, hooks); err != nil {
-		return err
-	}
-	err = ublkCall{name: "END_USER_RECOVERY", number: ublkEndRecovery, dev: uint32(st.Index), data: uint64(os.Getpid()), waits: true}.do(ctx)
-	return ublkPIDError(err)
+	end := ublkCall{name: "END_USER_RECOVERY", number: ublkEndRecovery, dev: uint32(st.Index), data: uint64(os.Getpid())}
+	return ublkPIDError(end.around(ctx, func(ctx context.Context) error { return t.serve(ctx, st.Index, hooks) }))
 }
 
 // beginRecovery makes the driver ready for a new server, once it is done with the last.

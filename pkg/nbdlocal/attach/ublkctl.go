@@ -47,6 +47,8 @@ type ublkCall struct {
 	payload, reply any
 	// waits says that the command may wait for a server, or the device's users.
 	waits bool
+	// submitted, if not nil, is closed once the kernel has the command.
+	submitted chan struct{}
 }
 
 // ublkErrno is the error number that a command ended with.
@@ -109,6 +111,31 @@ func (c ublkCall) do(ctx context.Context) error {
 	return binary.Read(bytes.NewReader(o.reply), order, c.reply)
 }
 
+// around has the kernel begin with the command, which waits for a server, then calls f, which
+// brings the server, and returns when the command has ended.
+//
+// Once a server has asked for all requests, nothing may come between that and the command's
+// effect. A server that died in between would be taken for a living one: kernels before
+// 6.16 note the death of the device's server only while it has one.
+func (c ublkCall) around(ctx context.Context, f func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	c.waits, c.submitted = true, make(chan struct{})
+	ended := make(chan error, 1)
+	go func() { ended <- c.do(ctx) }()
+	select {
+	case <-c.submitted:
+	case err := <-ended:
+		return err
+	}
+	if err := f(ctx); err != nil {
+		cancel()
+		<-ended
+		return err
+	}
+	return <-ended
+}
+
 // carryOut returns once the kernel is done with the command, however long that takes, and
 // returns what its buffer holds then. When ctx ends it has the command cancelled.
 func (c ublkCall) carryOut(ctx context.Context) ([]byte, error) {
@@ -138,6 +165,12 @@ func (c ublkCall) carryOut(ctx context.Context) ([]byte, error) {
 	*header = ublkControl{Dev: c.dev, Queue: ublkNoQueue, Data: c.data}
 	if used > 0 {
 		header.Len, header.Addr = uint16(used), uint64(uintptr(unsafe.Pointer(&page[0])))
+	}
+	if err := ring.Enter(0, 0); err != nil {
+		return nil, fmt.Errorf("ublk: %s of device %d: %w", c.name, c.dev, err)
+	}
+	if c.submitted != nil {
+		close(c.submitted)
 	}
 	for cancelled := false; ; {
 		if err := ring.Enter(1, ublkPollInterval); err != nil {
