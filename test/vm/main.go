@@ -111,11 +111,19 @@ func waitAll(running *sync.WaitGroup, errs []error) error {
 	return errors.Join(errs...)
 }
 
+// bootTries is how often a machine that does not come to run anything is booted.
+const bootTries = 3
+
 func runOne(ctx context.Context, k kernel, files bootFiles, m machine, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	start := time.Now()
-	if err := boot(ctx, k, files, m); err != nil {
+	err := boot(ctx, k, files, m)
+	for try := 1; try < bootTries && errors.Is(err, errNotBegun); try++ {
+		fmt.Printf("[%s %s] %v: once more\n", k.release, m.name, err)
+		err = boot(ctx, k, files, m)
+	}
+	if err != nil {
 		return fmt.Errorf("after %v: %w", time.Since(start).Round(time.Second), err)
 	}
 	fmt.Printf("[%s %s] passed in %v\n", k.release, m.name, time.Since(start).Round(time.Second))

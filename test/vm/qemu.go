@@ -12,8 +12,15 @@ import (
 	"time"
 )
 
-// verdictPrefix is what run.sh begins its last line with; the exit code follows.
-const verdictPrefix = "imgdisk-vm verdict: "
+// What run.sh says first, and what it begins its last line with; the exit code follows.
+const (
+	begun         = "imgdisk-vm begins"
+	verdictPrefix = "imgdisk-vm verdict: "
+)
+
+// errNotBegun says that a machine ended before it ran anything of ours: the emulator's
+// threads now and then trip over a kernel that changes its own code while it starts.
+var errNotBegun = errors.New("the machine ended while it started")
 
 // boot runs a machine to its end and shows what it says. It returns nil if what it ran
 // ended well.
@@ -33,11 +40,15 @@ func boot(ctx context.Context, k kernel, files bootFiles, m machine) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	verdict := ""
+	verdict, hasBegun := "", false
 	for lines := bufio.NewScanner(out); lines.Scan(); {
 		line := strings.TrimRight(lines.Text(), "\r")
 		if _, code, ok := strings.Cut(line, verdictPrefix); ok {
 			verdict = code
+			continue
+		}
+		if strings.HasSuffix(line, begun) {
+			hasBegun = true
 			continue
 		}
 		fmt.Printf("[%s %s] %s\n", k.release, m.name, line)
@@ -48,6 +59,8 @@ func boot(ctx context.Context, k kernel, files bootFiles, m machine) error {
 		return fmt.Errorf("not done in time: %w", ctx.Err())
 	case verdict == "0":
 		return nil
+	case !hasBegun:
+		return errors.Join(errNotBegun, err)
 	case verdict == "":
 		return errors.Join(errors.New("the machine ended without a verdict"), err)
 	}

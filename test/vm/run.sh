@@ -2,6 +2,7 @@
 # A test machine's init on its disk: mounts what programs expect, runs what the kernel's
 # command line names, tells the verdict, powers off.
 export PATH=/bin HOME=/tmp TMPDIR=/tmp
+echo "imgdisk-vm begins"
 mkdir -p /dev/shm
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run

@@ -44,9 +44,9 @@ func TestKillsUnderLoad(t *testing.T) {
 func TestKillsWhileDetaching(t *testing.T) {
 	on(t, "volumes")
 	perTransport(t, func(t *testing.T, n *node.Node, parameters map[string]string) {
-		v, err := n.Create(t.Context(), "v", 48*mib, parameters)
+		v, err := n.Create(t.Context(), "v", 16*mib, parameters)
 		must(t, err)
-		for range 3 {
+		for range 2 {
 			must(t, v.Attach(t.Context()))
 			hanging, hung := context.WithCancel(t.Context())
 			var server sync.WaitGroup
@@ -70,7 +70,7 @@ func TestUpgradesUnderLoad(t *testing.T) {
 	on(t, "volumes")
 	perTransport(t, func(t *testing.T, n *node.Node, parameters map[string]string) {
 		l := loadVolume(t, n, "v", parameters, busy)
-		for range 4 {
+		for range 3 {
 			l.await(40)
 			servers, pause, err := n.Upgrade(t.Context())
 			must(t, err)
@@ -90,7 +90,7 @@ func TestGrowUnderLoad(t *testing.T) {
 	on(t, "volumes")
 	perTransport(t, func(t *testing.T, n *node.Node, parameters map[string]string) {
 		l := loadVolume(t, n, "v", parameters, busy)
-		for i := range 5 {
+		for i := range 3 {
 			err := l.volume.Grow(t.Context(), l.volume.SizeBytes+4*mib+int64(i)*load.BlockBytes)
 			if err != nil && parameters["transport"] == "ublk" && strings.Contains(err.Error(), "attach it again") {
 				t.Logf("as is to be expected before Linux 6.16: %v", err)
@@ -113,7 +113,7 @@ func TestSnapshotsUnderLoad(t *testing.T) {
 	on(t, "volumes")
 	perTransport(t, func(t *testing.T, n *node.Node, parameters map[string]string) {
 		l := loadVolume(t, n, "v", parameters, busy)
-		for i, name := range []string{"first", "second", "third"} {
+		for i, name := range []string{"first", "second"} {
 			l.await(50)
 			cut := l.model.BeginCut()
 			if i == 1 {

@@ -8,27 +8,27 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/csi-imgdisk/csi-imgdisk/test/internal/node"
 )
 
 // nfs is the kernel's own NFS server, on the loopback interface, and its client. What
 // user-space daemons would tell the kernel (whom it may serve what) is written into its
 // caches beforehand.
-type nfs struct{ running bool }
+type nfs struct{ files *node.StoreFS }
 
 const (
-	nfsDir    = "/store/nfs" // what it exports
 	nfsDomain = "everybody"
 	// exportFlags: NFSEXP_FSID, NFSEXP_NOSUBTREECHECK, NFSEXP_INSECURE_PORT; writable, and
 	// root is root.
 	exportFlags = 0x2000 | 0x400 | 0x2
-	farFuture   = 1 << 31 // when cached answers expire, in seconds since 1970
-	// graceSeconds is how long a server that starts waits for its clients to claim what
-	// they had locked: longer than a client that was refused for 70 s takes until it tries
-	// again. What it doesn't claim in time is lost, and writing to it fails.
-	graceSeconds = "60"
+	never       = 1<<31 - 1 // when cached answers expire, in seconds since 1970
+	// graceSeconds is how long a server that starts waits for earlier clients; the kernel
+	// takes no less.
+	graceSeconds = "10"
 )
 
-// startNFS starts the server.
+// startNFS starts the server, with a file system of its own to export.
 func startNFS(t *testing.T) *nfs {
 	t.Helper()
 	for _, module := range []string{"md5", "nfsd", "nfsv4"} {
@@ -36,50 +36,40 @@ func startNFS(t *testing.T) *nfs {
 			t.Fatalf("modprobe %s: %v: %s", module, err, out)
 		}
 	}
-	must(t, os.MkdirAll(nfsDir, 0o755))
+	dir, err := os.MkdirTemp("/store", "nfs")
+	must(t, err)
+	files, err := node.MakeStoreFS(t.Context(), dir, 2<<30)
+	must(t, err)
 	if _, err := os.Stat("/proc/fs/nfsd/threads"); err != nil {
 		must(t, unix.Mount("nfsd", "/proc/fs/nfsd", "nfsd", 0, ""))
 	}
-	s := &nfs{}
-	s.start(t)
-	t.Cleanup(func() {
-		s.stop(t)
-		must(t, os.RemoveAll(nfsDir))
-	})
-	return s
-}
-
-// start starts the server anew, as after a reboot of its machine.
-func (s *nfs) start(t *testing.T) {
-	t.Helper()
 	for _, w := range []struct{ path, text string }{
 		{"/proc/fs/nfsd/nfsv4gracetime", graceSeconds},
 		{"/proc/fs/nfsd/versions", "-3 +4 +4.1 +4.2"},
-		{"/proc/net/rpc/auth.unix.ip/channel", fmt.Sprintf("nfsd 127.0.0.1 %d %s", farFuture-1, nfsDomain)},
-		{"/proc/net/rpc/nfsd.export/channel", fmt.Sprintf("%s %s %d %d 65534 65534 0", nfsDomain, nfsDir, farFuture-1, exportFlags)},
+		{"/proc/net/rpc/auth.unix.ip/channel", fmt.Sprintf("nfsd 127.0.0.1 %d %s", never, nfsDomain)},
+		{"/proc/net/rpc/nfsd.export/channel", fmt.Sprintf("%s %s %d %d 65534 65534 0", nfsDomain, files.Path, never, exportFlags)},
 		// 1 is FSID_NUM: the root of what is exported has number 0.
-		{"/proc/net/rpc/nfsd.fh/channel", fmt.Sprintf("%s 1 \\x00000000 %d %s", nfsDomain, farFuture-1, nfsDir)},
+		{"/proc/net/rpc/nfsd.fh/channel", fmt.Sprintf("%s 1 \\x00000000 %d %s", nfsDomain, never, files.Path)},
 		{"/proc/fs/nfsd/portlist", "tcp 2049"},
 		{"/proc/fs/nfsd/threads", "4"},
 	} {
 		writeKernel(t, w.path, w.text)
 	}
-	s.running = true
+	t.Cleanup(func() {
+		writeKernel(t, "/proc/fs/nfsd/threads", "0")
+		if err := files.Close(); err != nil {
+			t.Errorf("the exported file system: %v", err)
+		}
+		os.RemoveAll(dir)
+	})
+	return &nfs{files}
 }
 
-// stop stops the server: its clients find nobody who answers.
-func (s *nfs) stop(t *testing.T) {
+// stall has the server answer no request that changes something, and after a moment none
+// at all, for some time: as many as it has threads wait in it.
+func (s *nfs) stall(t *testing.T, d time.Duration) {
 	t.Helper()
-	writeKernel(t, "/proc/fs/nfsd/threads", "0")
-	s.running = false
-}
-
-// goOn starts the server if a test that failed left it stopped: nothing that uses it can
-// be ended otherwise.
-func (s *nfs) goOn(t *testing.T) {
-	if !s.running {
-		s.start(t)
-	}
+	must(t, s.files.Stall(t.Context(), d))
 }
 
 func writeKernel(t *testing.T, path, text string) {
