@@ -26,7 +26,7 @@ import (
 func TestDevice_CyclesWithRandomKills(t *testing.T) { onDevices(t, testDevice_CyclesWithRandomKills) }
 
 func testDevice_CyclesWithRandomKills(t *testing.T, h *harness) {
-	cycles := 40
+	cycles := 25
 	if testing.Short() {
 		cycles = 8
 	}

@@ -93,11 +93,7 @@ func spawnDaemon(cfg EnsureConfig, logPath string, lock *os.File) error {
 		return fmt.Errorf("open supervisor's log: %w", err)
 	}
 	defer log.Close()
-	binary := cfg.Binary
-	if binary == "" {
-		binary = "/proc/self/exe"
-	}
-	cmd := exec.Command(binary, cfg.Args...)
+	cmd := exec.Command(cfg.program(), cfg.Args...)
 	cmd.Args[0] = "csi-imgdisk"
 	cmd.Dir = "/"
 	cmd.Env = append(append(os.Environ(), cfg.Env...), fmt.Sprintf("%s=%d", inheritedLockEnv, inheritedLockFD))
@@ -114,10 +110,38 @@ func spawnDaemon(cfg EnsureConfig, logPath string, lock *os.File) error {
 // Replace is Ensure with a supervisor that is started now: if one runs, it is ended first,
 // and what is attached lives on. Until the new one answers, nobody restarts servers.
 func Replace(ctx context.Context, cfg EnsureConfig) (*Client, error) {
-	if err := end(ctx, cfg.StateDir, (*Client).Leave); err != nil {
-		return nil, err
+	for {
+		if err := end(ctx, cfg.StateDir, (*Client).Leave); err != nil {
+			return nil, err
+		}
+		client, err := Ensure(ctx, cfg)
+		if err != nil {
+			return nil, err
+		}
+		status, err := client.Status(ctx)
+		if err == nil && !isOther(status.PID, cfg.program()) {
+			return client, nil
+		}
+		// Somebody else, such as a driver of another version that keeps a supervisor
+		// running, was faster.
+		if err != nil && !errors.Is(err, ErrNotRunning) {
+			return nil, err
+		}
 	}
-	return Ensure(ctx, cfg)
+}
+
+// program is what a supervisor is started from.
+func (cfg EnsureConfig) program() string {
+	if cfg.Binary == "" {
+		return "/proc/self/exe"
+	}
+	return cfg.Binary
+}
+
+// isOther says whether a process is known to be of another program.
+func isOther(pid int, program string) bool {
+	_, err := os.Stat(exePath(pid))
+	return err == nil && !runs(pid, program)
 }
 
 // Stop ends the supervisor of a state directory, also one that is only starting, and

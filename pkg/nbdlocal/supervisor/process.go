@@ -206,6 +206,9 @@ func openProcess(control string, pid int) (*process, error) {
 		return nil, fmt.Errorf("open process %d: %w", pid, err)
 	}
 	start, err := startTime(pid)
+	if err == nil && pidfdReadable(uintptr(fd)) {
+		err = fmt.Errorf("process %d has ended: %w", pid, block.ErrNotFound)
+	}
 	if err != nil {
 		unix.Close(fd)
 		return nil, err

@@ -256,6 +256,10 @@ func (a *attachment) recover(ctx context.Context) error {
 		return err
 	}
 	a.s.at("recover: recorded")
+	// Also one that was started and not recorded: it has the seat.
+	if err := a.findServer(ctx); err != nil {
+		return err
+	}
 	if err := a.destroyServer(errSucceeded); err != nil {
 		return err
 	}

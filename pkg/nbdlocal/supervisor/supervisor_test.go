@@ -103,10 +103,10 @@ func TestAttach_Refused(t *testing.T) {
 
 func TestAttach_NoTransportWorks(t *testing.T) {
 	h := newHarness(t)
-	h.startHere()
 	if err := os.RemoveAll(h.kernel.dir); err != nil {
 		t.Fatal(err)
 	}
+	h.startHere()
 	_, err := h.client.Attach(h.ctx, request(h.newImage("disk")))
 	if !errors.Is(err, block.ErrUnsupported) || !strings.Contains(err.Error(), "make that directory") {
 		t.Errorf("attach: %v", err)

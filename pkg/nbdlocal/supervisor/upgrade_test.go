@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
@@ -270,4 +271,38 @@ func TestReplace(t *testing.T) {
 	if _, err := Replace(h.ctx, cfg); err != nil {
 		t.Errorf("replacing none: %v", err)
 	}
+}
+
+// A supervisor of another program that somebody else starts meanwhile is replaced, too.
+func TestReplace_SomebodyElseStartsOne(t *testing.T) {
+	h := newHarness(t)
+	h.stopAfterwards()
+	ctx, cancel := context.WithCancel(h.ctx)
+	var others sync.WaitGroup
+	others.Go(func() {
+		for ctx.Err() == nil {
+			// What it starts may be ended each time.
+			if _, err := Ensure(ctx, h.ensureConfig()); err != nil && ctx.Err() == nil && !errors.Is(err, ErrNotRunning) {
+				t.Error(err)
+			}
+		}
+	})
+	cfg := h.ensureConfig()
+	cfg.Binary = h.newProgram("newer")
+	for range 5 {
+		client, err := Replace(h.ctx, cfg)
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		status, err := client.Status(h.ctx)
+		if err != nil || !runs(status.PID, cfg.Binary) {
+			t.Errorf("the supervisor is %+v, %v, want one of %s", status, err, cfg.Binary)
+		}
+		if err := Stop(h.ctx, h.stateDir); err != nil {
+			t.Error(err)
+		}
+	}
+	cancel()
+	others.Wait()
 }
