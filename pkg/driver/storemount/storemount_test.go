@@ -2,6 +2,7 @@ package storemount
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -134,7 +135,8 @@ func TestMount(t *testing.T) {
 
 func TestMount_SaysWhyInOneLine(t *testing.T) {
 	s := &spy{FakeMounter: mount.NewFakeMounter(nil)}
-	s.fail = errors.New("mount failed: exit status 32\nMounting command: mount\nMounting arguments: -t nfs nas:/x /a\nOutput: mount.nfs: Connection refused\n\n")
+	// As mount-utils says it.
+	s.fail = fmt.Errorf("mount failed: exit status 32\nMounting command: mount\nMounting arguments: -t nfs nas:/x /a\nOutput: %s", "mount.nfs: Connection refused\n\n")
 	err := (&Mounts{t.TempDir(), s}).Mount(Store{Name: "a", NFS: &NFS{Server: "nas", Path: "/x"}})
 	if want := "mount nas:/x: mount.nfs: Connection refused"; err == nil || err.Error() != want {
 		t.Errorf("error %v, want %s", err, want)
