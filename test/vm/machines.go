@@ -35,7 +35,7 @@ func (c config) chosen() []machine {
 	if c.soak > 0 {
 		return []machine{{
 			name: "soak", memoryMiB: 1536, programs: []string{"soak", "csi-imgdisk"},
-			arguments: []string{"-for=" + c.soak.String(), "-binary=/bin/csi-imgdisk", "-dir=/store"},
+			arguments: []string{"-for=" + c.soak.String(), "-binary=/bin/csi-imgdisk", "-dir=/store", "-volumes=4"},
 		}}
 	}
 	var list []machine
