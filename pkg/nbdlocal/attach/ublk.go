@@ -316,7 +316,11 @@ func (t *ublkTransport) recover(ctx context.Context, st State, hooks Hooks) erro
 
 // beginRecovery makes the driver ready for a new server, once it is done with the last.
 func (t *ublkTransport) beginRecovery(ctx context.Context, st State) (bool, error) {
-	err := ublkCall{name: "START_USER_RECOVERY", number: ublkStartRecovery, dev: uint32(st.Index)}.do(ctx)
+	// It waits for the device's lock, which the kernel holds until it is done with what the
+	// last server had taken.
+	ctx, cancel := context.WithTimeout(ctx, ublkQuick)
+	defer cancel()
+	err := ublkCall{name: "START_USER_RECOVERY", number: ublkStartRecovery, dev: uint32(st.Index), waits: true}.do(ctx)
 	switch {
 	case err == nil:
 		return true, nil
@@ -362,7 +366,9 @@ func (t *ublkTransport) resize(ctx context.Context, st State, sizeBytes int64) e
 	case info.State != ublkLive: // some kernels crash
 		return fmt.Errorf("%s has no server at the moment: %w", st.Device, block.ErrBusy)
 	}
-	err = ublkCall{name: "UPDATE_SIZE", number: ublkUpdateSize, dev: uint32(st.Index), data: uint64(sizeBytes / sectorBytes)}.do(ctx)
+	ctx, cancel := context.WithTimeout(ctx, ublkQuick)
+	defer cancel()
+	err = ublkCall{name: "UPDATE_SIZE", number: ublkUpdateSize, dev: uint32(st.Index), data: uint64(sizeBytes / sectorBytes), waits: true}.do(ctx)
 	if err != nil {
 		return err
 	}
