@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -72,7 +71,7 @@ func run(ctx context.Context, c config) error {
 	}
 	clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), closePatience)
 	defer cancel()
-	s.failed("clean up", s.close(clean))
+	s.failed("clean up", s.close(s.endNode(clean, ctx.Err() != nil)))
 	s.tally.print(c.out)
 	switch {
 	case err != nil:
@@ -207,18 +206,27 @@ func (s *soak) nextKind() (kind, string) {
 	return k, fmt.Sprintf("%s-%s-%d", k.format, k.transport, s.born)
 }
 
-// close removes all that was made, and checks the store.
-func (s *soak) close(ctx context.Context) error {
-	var errs []error
-	if s.node != nil {
-		errs = append(errs, s.node.Close(ctx), s.checkStore(ctx))
+// endNode ends the node and checks the store, unless the soak was interrupted: then
+// volumes are still attached.
+func (s *soak) endNode(ctx context.Context, interrupted bool) error {
+	switch {
+	case s.node == nil:
+		return nil
+	case interrupted:
+		return s.node.Abandon(ctx)
 	}
+	return errors.Join(s.node.Close(ctx), s.checkStore(ctx))
+}
+
+// close removes all that was made, once the node has ended, well or not: then what could
+// tell why stays.
+func (s *soak) close(nodeErr error) error {
+	errs := []error{nodeErr}
 	if s.store != nil {
 		errs = append(errs, s.store.Close())
 	}
-	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
-	if len(errs) > 0 {
-		return fmt.Errorf("%w; see %s and %s", errors.Join(errs...), s.dir, s.runDir)
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("%w; see %s and %s", err, s.dir, s.runDir)
 	}
 	for _, dir := range []string{s.dir, s.runDir} {
 		if dir != "" {

@@ -112,7 +112,7 @@ func (t *tally) print(out io.Writer) {
 			fmt.Fprintf(w, "%s\t%d\n", e, n)
 		}
 	}
-	w.Flush()
+	_ = w.Flush()
 	fmt.Fprintf(out, "\nlongest pause of a planned upgrade: %v\n\n", t.pause.Round(time.Millisecond))
 	fmt.Fprintln(w, "FORMAT\tTRANSPORT\tVOLUMES\tREQUESTS\tMIB WRITTEN\tMIB READ AND COMPARED\tLONGEST REQUEST")
 	for _, k := range slices.SortedFunc(maps.Keys(t.loads), func(a, b kind) int {
@@ -122,5 +122,5 @@ func (t *tally) print(out io.Writer) {
 		fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%d\t%v\n", k.format, k.transport, t.lives[k], c.Requests,
 			c.WrittenBytes>>20, c.ReadBytes>>20, c.Longest.Round(time.Millisecond))
 	}
-	w.Flush()
+	_ = w.Flush()
 }

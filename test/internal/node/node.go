@@ -167,6 +167,18 @@ func (n *Node) startDriver() (*exec.Cmd, error) {
 // Close stops the driver, and removes what it left by force if it must. An error names
 // what a node that was told to stop should not have left.
 func (n *Node) Close(ctx context.Context) error {
+	left, err := n.end(ctx)
+	return errors.Join(append(left, err)...)
+}
+
+// Abandon ends a node whatever is attached. An error names what could not be removed.
+func (n *Node) Abandon(ctx context.Context) error {
+	_, err := n.end(ctx)
+	return err
+}
+
+// end stops everything. It returns what had to be removed by force, and what could not be.
+func (n *Node) end(ctx context.Context) (left []error, err error) {
 	n.mu.Lock()
 	n.stopping = true
 	if n.driver != nil {
@@ -175,14 +187,14 @@ func (n *Node) Close(ctx context.Context) error {
 	n.mu.Unlock()
 	n.keeper.Wait()
 	n.conn.Close()
-	return errors.Join(n.startErr, n.removeLeftovers(ctx), os.RemoveAll(n.cfg.Store+"-program"))
+	left, err = n.removeLeftovers(ctx)
+	return left, errors.Join(n.startErr, err, os.RemoveAll(n.cfg.Store+"-program"))
 }
 
 // removeLeftovers ends what is still attached, mounted or running, and says what it was.
-func (n *Node) removeLeftovers(ctx context.Context) error {
+func (n *Node) removeLeftovers(ctx context.Context) (left []error, err error) {
 	ctx, cancel := context.WithTimeout(ctx, Patience)
 	defer cancel()
-	var left []error
 	for {
 		if err := unmountBelow(n.cfg.Dir); err != nil {
 			left = append(left, err)
@@ -200,14 +212,15 @@ func (n *Node) removeLeftovers(ctx context.Context) error {
 			_ = n.supervisor.Stop(ctx) // it may be ending already
 		}
 		if ctx.Err() != nil {
-			return errors.Join(append(left, fmt.Errorf("processes do not end: %v", processes))...)
+			return left, fmt.Errorf("processes do not end: %v", processes)
 		}
 		time.Sleep(pollInterval)
 	}
+	var errs []error
 	for _, name := range n.devices() {
-		left = append(left, fmt.Errorf("device %s is left", name))
+		errs = append(errs, fmt.Errorf("device %s is left", name))
 	}
-	return errors.Join(left...)
+	return left, errors.Join(errs...)
 }
 
 // Log returns the ends of the driver's and the supervisor's logs.
