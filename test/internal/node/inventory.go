@@ -63,11 +63,11 @@ func unmountBelow(dir string) error {
 }
 
 // Inventory lists all of a machine that attaching volumes can leave something in: block
-// devices, mounts, FUSE connections, and files in /run, /dev and the temporary
-// directories. On a machine that does nothing else it is the same before and after.
+// devices, mounts, FUSE connections, and files in /run and /dev, with what programs keep in
+// memory there. On a machine that does nothing else it is the same before and after.
 func Inventory() ([]string, error) {
 	var list []string
-	for _, root := range []string{"/run", "/dev", "/tmp"} {
+	for _, root := range []string{"/run", "/dev"} {
 		err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 			// Loop devices stay once they were made, without contents.
 			if err == nil && !strings.HasPrefix(path, "/dev/loop") {
