@@ -44,7 +44,7 @@ Give --format raw for a raw disk: a guest can write another format's header into
 	how.addSecretFlag(cmd, "secret-file")
 	addRunDirFlag(cmd, &run)
 	cmd.Flags().BoolVarP(&readOnly, "read-only", "r", false, "make a read-only device")
-	cmd.Flags().StringVar(&transport, "transport", "", "how the kernel reaches the server: nbd or fuse; by default the first that works here")
+	cmd.Flags().StringVar(&transport, "transport", "", "how the kernel reaches the server: nbd, ublk or fuse; by default the best that works here")
 	return cmd
 }
 
