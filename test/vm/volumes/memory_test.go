@@ -16,7 +16,7 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/test/internal/node"
 )
 
-// memoryWatchdog is how long writing may take before it counts as a deadlock.
+// memoryWatchdog is how long one chunk, or a sync, may take before it counts as a deadlock.
 const memoryWatchdog = 5 * time.Minute
 
 // TestMemoryPressure writes more through the page cache, of a device and of a file system
@@ -33,14 +33,15 @@ func TestMemoryPressure(t *testing.T) {
 		t.Fatal("too much memory to fill")
 	}
 	perTransport(t, func(t *testing.T, n *node.Node, parameters map[string]string) {
-		defer watchdog(t)()
+		dog := watchdog(t)
+		defer dog.Stop()
 		v, err := n.Create(t.Context(), "v", 5*total/4+128*mib, parameters)
 		must(t, err)
 		must(t, v.Attach(t.Context()))
 		killed, pids := oomKills(t), servers(t, n)
 		size := 5 * total / 4 / mib * mib
-		t.Run("device", func(t *testing.T) { dirtyFile(t, v.Path(), size) })
-		t.Run("ext4", func(t *testing.T) { dirtyFileSystem(t, v.Path(), size*9/10) })
+		t.Run("device", func(t *testing.T) { dirtyFile(t, dog, v.Path(), size) })
+		t.Run("ext4", func(t *testing.T) { dirtyFileSystem(t, dog, v.Path(), size*9/10) })
 		if now := oomKills(t); now != killed {
 			t.Errorf("%s processes were killed for want of memory, before %s", now, killed)
 		}
@@ -52,14 +53,13 @@ func TestMemoryPressure(t *testing.T) {
 	})
 }
 
-// watchdog ends the machine's tests if the returned function isn't called in time, and
-// has the kernel say who waits for what.
-func watchdog(t *testing.T) (stop func()) {
-	timer := time.AfterFunc(memoryWatchdog, func() {
+// watchdog ends the machine's tests if it is neither reset nor stopped in time, and has the
+// kernel say who waits for what.
+func watchdog(t *testing.T) *time.Timer {
+	return time.AfterFunc(memoryWatchdog, func() {
 		_ = os.WriteFile("/proc/sysrq-trigger", []byte("w"), 0) // into the kernel's log
 		panic(fmt.Sprintf("%s: nothing has moved for %v: a deadlock", t.Name(), memoryWatchdog))
 	})
-	return func() { timer.Stop() }
 }
 
 // oomKills returns how many processes the kernel has killed for want of memory.
@@ -102,7 +102,7 @@ func fillChunk(b []byte, off int64) {
 
 // dirtyFile writes a file or device through the page cache, one half by write(2) and the
 // other through a mapping, and compares what it reads after that.
-func dirtyFile(t *testing.T, path string, size int64) {
+func dirtyFile(t *testing.T, dog *time.Timer, path string, size int64) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	must(t, err)
 	defer f.Close()
@@ -120,6 +120,7 @@ func dirtyFile(t *testing.T, path string, size int64) {
 		if err != nil {
 			t.Fatalf("write at %d: %v", off, err)
 		}
+		dog.Reset(memoryWatchdog)
 	}
 	must(t, f.Sync())
 	t.Logf("%d MiB written in %v", size/mib, time.Since(start).Round(time.Second))
@@ -130,6 +131,7 @@ func dirtyFile(t *testing.T, path string, size int64) {
 		if _, err := f.ReadAt(got, off); err != nil || !bytes.Equal(got, chunk) {
 			t.Fatalf("read at %d: other bytes, or %v", off, err)
 		}
+		dog.Reset(memoryWatchdog)
 	}
 }
 
@@ -143,12 +145,12 @@ func writeMapped(f *os.File, b []byte, off int64) error {
 }
 
 // dirtyFileSystem does it to a file on the device.
-func dirtyFileSystem(t *testing.T, device string, size int64) {
+func dirtyFileSystem(t *testing.T, dog *time.Timer, device string, size int64) {
 	if out, err := exec.Command("mkfs.ext4", "-q", "-F", device).CombinedOutput(); err != nil {
 		t.Fatalf("mkfs.ext4: %v\n%s", err, out)
 	}
 	dir := t.TempDir()
 	must(t, unix.Mount(device, dir, "ext4", 0, ""))
 	defer func() { must(t, unix.Unmount(dir, 0)) }()
-	dirtyFile(t, filepath.Join(dir, "file"), size)
+	dirtyFile(t, dog, filepath.Join(dir, "file"), size)
 }
