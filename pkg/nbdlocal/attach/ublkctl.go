@@ -130,7 +130,7 @@ func (c ublkCall) around(ctx context.Context, f func(context.Context) error) err
 	}
 	if err := f(ctx); err != nil {
 		cancel()
-		<-ended
+		_ = <-ended // cancelled, most likely; err says why
 		return err
 	}
 	return <-ended
