@@ -52,11 +52,21 @@ func (c config) chosen() []machine {
 	return list
 }
 
-// commandLine is what the machine runs. A seed that is to be replayed reaches it.
+// passedOn are the variables of the environment that machines are told, too: a seed that is
+// to be replayed, and how often to attach and detach.
+var passedOn = []string{"IMGDISK_SEED", "IMGDISK_CYCLES"}
+
+// commandLine is what the machine runs.
 func (m machine) commandLine() []string {
-	line := append([]string{m.programs[0]}, m.arguments...)
-	if seed := os.Getenv("IMGDISK_SEED"); seed != "" {
-		return append([]string{"env", "IMGDISK_SEED=" + seed}, line...)
+	var env []string
+	for _, name := range passedOn {
+		if value := os.Getenv(name); value != "" {
+			env = append(env, name+"="+value)
+		}
 	}
-	return line
+	line := append([]string{m.programs[0]}, m.arguments...)
+	if env == nil {
+		return line
+	}
+	return append(append([]string{"env"}, env...), line...)
 }

@@ -3,7 +3,9 @@ package volumes
 import (
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -14,11 +16,25 @@ import (
 )
 
 const (
-	cycles       = 200
-	cycleVolumes = 6 // that are attached and detached at the same time
+	defaultCycles = 40 // 200 take most of half an hour where machines are emulated
+	cycleVolumes  = 6  // that are attached and detached at the same time
 )
 
-// TestCyclesLeaveNothing attaches and detaches volumes 200 times while processes are being
+// wantedCycles is how often to attach and detach: IMGDISK_CYCLES.
+func wantedCycles(t *testing.T) int {
+	t.Helper()
+	text := os.Getenv("IMGDISK_CYCLES")
+	if text == "" {
+		return defaultCycles
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 1 {
+		t.Fatalf("IMGDISK_CYCLES=%s: want a number of 1 or more", text)
+	}
+	return n
+}
+
+// TestCyclesLeaveNothing attaches and detaches volumes many times while processes are being
 // killed: afterwards the machine holds nothing that it did not hold before.
 func TestCyclesLeaveNothing(t *testing.T) {
 	on(t, "volumes")
@@ -39,6 +55,7 @@ func TestCyclesLeaveNothing(t *testing.T) {
 
 // cycle attaches and detaches volumes under fire.
 func cycle(t *testing.T, n *node.Node, transports []string, rng *rand.Rand) {
+	cycles := wantedCycles(t)
 	k := &killer{node: n, rng: rand.New(rand.NewPCG(rng.Uint64(), rng.Uint64())), over: make(chan struct{})}
 	var killing, volumes sync.WaitGroup
 	killing.Go(k.run)
@@ -47,7 +64,7 @@ func cycle(t *testing.T, n *node.Node, transports []string, rng *rand.Rand) {
 		transport := transports[i%len(transports)]
 		volumes.Go(func() {
 			v, err := n.Create(t.Context(), fmt.Sprintf("%s-%d", transport, i), 16*mib, map[string]string{"transport": transport})
-			for err == nil && begun.Add(1) <= cycles {
+			for err == nil && begun.Add(1) <= int64(cycles) {
 				if err = v.Attach(t.Context()); err == nil {
 					k.done.Add(1)
 					err = v.Detach(t.Context())
