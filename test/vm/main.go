@@ -43,7 +43,7 @@ func main() {
 	kernels := flag.String("kernels", "6.12,6.1", "versions of the kernels to test on, separated by commas")
 	only := flag.String("machines", ".", "only the machines whose names match this expression: transports, volumes, memory, stall")
 	flag.StringVar(&c.run, "run", "", "only run the tests that match this, as go test -run does")
-	flag.DurationVar(&c.limit, "timeout", 12*time.Minute, "for each machine")
+	flag.DurationVar(&c.limit, "timeout", 20*time.Minute, "for each machine")
 	flag.DurationVar(&c.soak, "soak", 0, "run the soak for this long instead of the tests; it adds to the timeout")
 	flag.Parse()
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

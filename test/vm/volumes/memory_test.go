@@ -39,9 +39,9 @@ func TestMemoryPressure(t *testing.T) {
 		must(t, err)
 		must(t, v.Attach(t.Context()))
 		killed, pids := oomKills(t), servers(t, n)
-		size := 5 * total / 4 / mib * mib
+		size := 5 * total / 4 / chunkBytes * chunkBytes
 		t.Run("device", func(t *testing.T) { dirtyFile(t, dog, v.Path(), size) })
-		t.Run("ext4", func(t *testing.T) { dirtyFileSystem(t, dog, v.Path(), size*9/10) })
+		t.Run("ext4", func(t *testing.T) { dirtyFileSystem(t, dog, v.Path(), size*9/10/chunkBytes*chunkBytes) })
 		if now := oomKills(t); now != killed {
 			t.Errorf("%s processes were killed for want of memory, before %s", now, killed)
 		}
@@ -100,8 +100,8 @@ func fillChunk(b []byte, off int64) {
 	}
 }
 
-// dirtyFile writes a file or device through the page cache, one half by write(2) and the
-// other through a mapping, and compares what it reads after that.
+// dirtyFile writes whole chunks of a file or device through the page cache, one half by
+// write(2) and the other through a mapping, and compares what it reads after that.
 func dirtyFile(t *testing.T, dog *time.Timer, path string, size int64) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	must(t, err)
