@@ -88,7 +88,11 @@ func newFUSEServer(file *os.File, dev block.Device) (*fuseServer, error) {
 	return &fuseServer{dev: dev, fd: fd, stopFD: stopFD, stopped: make(chan struct{}), need: make(chan struct{})}, nil
 }
 
+// close releases the descriptors. A stop that comes at the same time has happened when they
+// are closed, and one that comes later does nothing: their numbers are others' then, an
+// image's perhaps.
 func (s *fuseServer) close() {
+	s.stop()
 	unix.Close(s.fd)
 	unix.Close(s.stopFD)
 }

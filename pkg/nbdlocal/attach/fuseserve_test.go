@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -425,6 +426,43 @@ func TestServeFUSE_Allocations(t *testing.T) {
 	roundTrip()
 	if n := testing.AllocsPerRun(2000, roundTrip); n > 0 {
 		t.Errorf("%v allocations per request", n)
+	}
+}
+
+// TestFUSEServer_StopAfterClose: a context that ends late writes into no descriptor that has
+// got the number of one of the server's.
+func TestFUSEServer_StopAfterClose(t *testing.T) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fds[0])
+	connection := os.NewFile(uintptr(fds[1]), "server's end")
+	defer connection.Close()
+	s, err := newFUSEServer(connection, &memDevice{data: make([]byte, 4096)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	number := s.stopFD
+	s.close()
+	other := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(other, []byte("contents"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(other, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if int(f.Fd()) != number {
+		if err := unix.Dup3(int(f.Fd()), number, unix.O_CLOEXEC); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(number)
+	}
+	s.stop()
+	if got, err := os.ReadFile(other); err != nil || string(got) != "contents" {
+		t.Errorf("the file holds %q, %v", got, err)
 	}
 }
 
