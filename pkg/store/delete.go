@@ -49,9 +49,8 @@ func (s *Store) markDeleted(ctx context.Context, name string) (Record, error) {
 		if len(rec.Attachments) > 0 {
 			return fmt.Errorf("%w: it is published to node %s", block.ErrBusy, rec.nodes())
 		}
-		if rec.Deleted {
-			return nil
-		}
+		// Also when it is deleted already: who began that may have been killed, and its
+		// process may hold the image a moment longer.
 		if rec.Ready {
 			top, err := s.excludeUsers(ctx, rec)
 			if err != nil {
@@ -60,6 +59,9 @@ func (s *Store) markDeleted(ctx context.Context, name string) (Record, error) {
 			if top != nil {
 				defer top.Close()
 			}
+		}
+		if rec.Deleted {
+			return nil
 		}
 		rec.Deleted = true
 		rec.WantSizeBytes, rec.GrowProblem = 0, nil

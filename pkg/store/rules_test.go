@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -846,6 +847,41 @@ func TestDelete_WhileRead(t *testing.T) {
 		}
 		expectEmpty(t, fsys)
 	})
+}
+
+// A deletion that is repeated after its process was killed leaves nothing, also when that
+// process still holds the image.
+func TestDeleteVolume_OfAKilledProcess(t *testing.T) {
+	s, m := newStore(t)
+	ctx := t.Context()
+	written(t, s, "v")
+	rec, err := s.Volume(ctx, "v")
+	must(t, err)
+	image := rec.Layers[len(rec.Layers)-1].File
+	var dead atomic.Bool
+	killed := openStore(t, vfs.Inject(m, vfs.If(vfs.OfKind(vfs.OpRemove), func(op vfs.Op) error {
+		if dead.Load() && op.Name == image {
+			return syscall.EIO
+		}
+		return nil
+	})))
+	dead.Store(true)
+	expectError(t, "the killed deletion", killed.DeleteVolume(ctx, "v"), syscall.EIO)
+
+	held, err := m.Open(image, vfs.ReadWrite)
+	must(t, err)
+	must(t, held.Lock(vfs.LockWrite))
+	deleted := make(chan error)
+	go func() { deleted <- s.DeleteVolume(ctx, "v") }()
+	select {
+	case err := <-deleted:
+		t.Errorf("the repeated deletion did not wait: %v", err)
+		return
+	case <-time.After(50 * time.Millisecond):
+	}
+	must(t, held.Close())
+	must(t, <-deleted)
+	expectEmpty(t, m)
 }
 
 // A volume with a snapshot every so often, of which the oldest is deleted each time, stays
