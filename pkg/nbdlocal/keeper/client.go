@@ -159,7 +159,22 @@ func (c *Client) Drop(name string) {
 	}
 	if len(c.kept) == 0 {
 		c.hangUp()
+		c.tidy()
 	}
+}
+
+// tidy removes what a keeper that was killed has left, when there is nothing to keep. One
+// that runs, or is ending, has the lock and tidies itself.
+func (c *Client) tidy() {
+	if len(c.kept) > 0 {
+		return
+	}
+	lock, err := takeLock(c.cfg.Dir)
+	if err != nil {
+		return
+	}
+	_ = os.Remove(filepath.Join(c.cfg.Dir, socketFile)) // mostly there is none
+	lock.Close()
 }
 
 // Close hangs up. What is kept stays so, for the next client.
@@ -169,6 +184,7 @@ func (c *Client) Close() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.hangUp()
+	c.tidy()
 	for name, fd := range c.kept {
 		unix.Close(fd)
 		delete(c.kept, name)
