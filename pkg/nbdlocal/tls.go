@@ -28,10 +28,9 @@ const (
 // the client. That costs a copy in each direction, little beside the encryption, and
 // nothing where there is none.
 func serveTLS(ctx context.Context, client *tls.Conn, s *Server, agreed session) error {
-	defer client.Close()
 	sock, pipe, err := socketPipe()
 	if err != nil {
-		return err
+		return errors.Join(err, client.Close())
 	}
 	t := tunnel{client: client, pipe: pipe}
 	stop := context.AfterFunc(ctx, func() { _ = client.NetConn().Close() })

@@ -121,19 +121,24 @@ func (c ublkCall) around(ctx context.Context, f func(context.Context) error) err
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	c.waits, c.submitted = true, make(chan struct{})
-	ended := make(chan error, 1)
-	go func() { ended <- c.do(ctx) }()
+	var outcome error
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		outcome = c.do(ctx)
+	}()
 	select {
 	case <-c.submitted:
-	case err := <-ended:
-		return err
+	case <-ended:
+		return outcome
 	}
 	if err := f(ctx); err != nil {
 		cancel()
-		_ = <-ended // cancelled, most likely; err says why
+		<-ended // cancelled, most likely; err says why
 		return err
 	}
-	return <-ended
+	<-ended
+	return outcome
 }
 
 // carryOut returns once the kernel is done with the command, however long that takes, and
