@@ -17,6 +17,7 @@
 //   - ranges.go: the order of overlapping writes
 //   - spin.go: whether to look for the next request or to sleep until it comes
 //   - pace.go: whether a device answers at once or keeps a thread waiting
+//   - holes.go: whether to ask for holes before a large read
 //   - watch.go: what happens when it suddenly doesn't answer
 //   - arena.go: buffers outside the garbage collector's reach
 //   - socket.go, futex.go: system calls

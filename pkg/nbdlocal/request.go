@@ -291,7 +291,7 @@ func zeroFlags(flags uint16) block.ZeroFlags {
 }
 
 func (r *request) read(dev block.Device) error {
-	if r.conn.session.structured && r.flags&cmdFlagDF == 0 && r.n >= largeBytes && r.isHole(dev) {
+	if r.conn.session.structured && r.flags&cmdFlagDF == 0 && r.n >= largeBytes && r.conn.server.holes.cover(dev, r.off, int64(r.n)) {
 		r.replyHole()
 		return nil
 	}
@@ -302,17 +302,6 @@ func (r *request) read(dev block.Device) error {
 	}
 	r.replyData()
 	return nil
-}
-
-// isHole reports whether all of the request's range is known to be zeroes. A device
-// without clusters is not asked: it is a flat file, in which some file systems look for
-// the end of the data page by page, which takes longer than reading.
-func (r *request) isHole(dev block.Device) bool {
-	if dev.Info().ClusterBytes == 0 {
-		return false
-	}
-	e, err := dev.Map(r.off, int64(r.n))
-	return err == nil && e.State != block.Data && e.Off <= r.off && e.Off+e.Len >= r.off+int64(r.n)
 }
 
 const (

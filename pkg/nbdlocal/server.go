@@ -48,6 +48,7 @@ type Server struct {
 	opts   Options
 	ranges rangeOrder
 	pace   pace
+	holes  holes
 	watch  watch
 	size   atomic.Int64 // the device's, as last seen
 
