@@ -28,6 +28,7 @@ oracles=(
   nbdkit:nbdkit
   nbdinfo:libnbd-bin
   nbdcopy:libnbd-bin
+  nbd-client:nbd-client
   fio:fio
   7z:p7zip-full
   vmdkmount:libvmdk-utils

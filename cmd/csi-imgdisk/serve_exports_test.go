@@ -247,10 +247,7 @@ func TestServe_HostileClients(t *testing.T) {
 
 // TestServe_NBDClientLists: the kernel driver's own client understands the handshake.
 func TestServe_NBDClientLists(t *testing.T) {
-	client, err := exec.LookPath("nbd-client")
-	if err != nil {
-		t.Skip("nbd-client is not installed: few who test have its driver")
-	}
+	client := testenv.Oracle(t, "nbd-client")
 	dir := t.TempDir()
 	image, socket := filepath.Join(dir, "x.vmdk"), filepath.Join(dir, "s")
 	ok(t, "image", "create", image, "1M")

@@ -7,6 +7,7 @@
 //	chain.go     opening an image with all it stands on
 //	copy.go      copying a disk's contents: in parallel, sparse, compressed, over a parent
 //	convert.go   a new image with a disk's contents
+//	newfiles.go  making a new image's files, and their space
 //	staging.go   … that gets its name when it is complete
 //	compare.go   in what two disks differ
 //	rebase.go    another parent, or none, for an image that reads the same

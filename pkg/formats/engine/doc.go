@@ -13,7 +13,7 @@
 //	resize.go   growing and shrinking
 //	chain.go    pulling parents up, exchanging them; hold.go: the same for what is copied
 //	compress.go compressed granules, for conversion
-//	claims.go   who is allocating which guest range
+//	claims.go   who is allocating which guest range; lock.go: the lock of mappings
 //	flush.go    one flush for many callers; poisoning
 //	commit.go   how changes of tables reach the disk, in which order
 //	tables.go   the cache of table sectors
