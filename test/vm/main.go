@@ -5,7 +5,7 @@
 //   - machines.go: which machines there are, and what each runs
 //   - modules.go, disk.go, initramfs.go: pack modules, tools and our programs;
 //     boot.sh, run.sh: what a machine runs first
-//   - qemu.go: boots one and reads the verdict
+//   - qemu.go: boots one and reads the verdict; digest.go: what to repeat of one that failed
 //   - guest/: the tests of package attach's transports
 //   - volumes/: the tests of whole volumes, with the real program's processes
 //
@@ -117,14 +117,15 @@ const bootTries = 3
 func runOne(ctx context.Context, k kernel, files bootFiles, m machine, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	start := time.Now()
-	err := boot(ctx, k, files, m)
+	start, told := time.Now(), newDigest()
+	err := boot(ctx, k, files, m, told)
 	for try := 1; try < bootTries && errors.Is(err, errNotBegun); try++ {
 		fmt.Printf("[%s %s] %v: once more\n", k.release, m.name, err)
-		err = boot(ctx, k, files, m)
+		told = newDigest()
+		err = boot(ctx, k, files, m, told)
 	}
 	if err != nil {
-		return fmt.Errorf("after %v: %w", time.Since(start).Round(time.Second), err)
+		return fmt.Errorf("after %v: %w:\n  %s", time.Since(start).Round(time.Second), err, strings.Join(told.lines(), "\n  "))
 	}
 	fmt.Printf("[%s %s] passed in %v\n", k.release, m.name, time.Since(start).Round(time.Second))
 	return nil

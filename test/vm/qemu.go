@@ -18,13 +18,16 @@ const (
 	verdictPrefix = "imgdisk-vm verdict: "
 )
 
+// maxLineBytes bounds a line of what a machine says.
+const maxLineBytes = 16 << 20
+
 // errNotBegun says that a machine ended before it ran anything of ours: the emulator's
 // threads now and then trip over a kernel that changes its own code while it starts.
 var errNotBegun = errors.New("the machine ended while it started")
 
-// boot runs a machine to its end and shows what it says. It returns nil if what it ran
-// ended well.
-func boot(ctx context.Context, k kernel, files bootFiles, m machine) error {
+// boot runs a machine to its end, and shows and notes what it says. It returns nil if what
+// it ran ended well.
+func boot(ctx context.Context, k kernel, files bootFiles, m machine, told *digest) error {
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
 		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(m.memoryMiB),
 		"-display", "none", "-no-reboot", "-nodefaults", "-serial", "stdio",
@@ -41,7 +44,9 @@ func boot(ctx context.Context, k kernel, files bootFiles, m machine) error {
 		return err
 	}
 	verdict, hasBegun := "", false
-	for lines := bufio.NewScanner(out); lines.Scan(); {
+	lines := bufio.NewScanner(out)
+	lines.Buffer(nil, maxLineBytes)
+	for lines.Scan() {
 		line := strings.TrimRight(lines.Text(), "\r")
 		if _, code, ok := strings.Cut(line, verdictPrefix); ok {
 			verdict = code
@@ -51,6 +56,7 @@ func boot(ctx context.Context, k kernel, files bootFiles, m machine) error {
 			hasBegun = true
 			continue
 		}
+		told.add(line)
 		fmt.Printf("[%s %s] %s\n", k.release, m.name, line)
 	}
 	err = cmd.Wait()
