@@ -5,16 +5,23 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
+
+	"github.com/csi-imgdisk/csi-imgdisk/internal/vmkernel"
 )
 
 //go:embed run.sh
 var runScript []byte
+
+//go:embed boot.sh
+var bootScript []byte
+
+// wantedModules are those that the tests need; what they depend on comes along. One
+// that a kernel doesn't have is built in, or the test that needs it says so.
+var wantedModules = append([]string{"nbd", "ublk_drv", "loop", "fuse", "nfsd", "nfsv4", "md5"}, vmkernel.DiskModules...)
 
 // guestPrograms are copied with the libraries they need.
 var guestPrograms = []string{"fio", "mkfs.ext4"}
@@ -108,8 +115,8 @@ func (d *disk) addProgram(ctx context.Context, name string) error {
 	return nil
 }
 
-func (d *disk) addModules(m modules) error {
-	files := m.files(slices.Sorted(maps.Keys(m.content)))
+func (d *disk) addModules(m vmkernel.Modules) error {
+	files := m.Files(m.Names())
 	for name, content := range files {
 		if err := d.add(name, content); err != nil {
 			return err

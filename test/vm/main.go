@@ -1,10 +1,9 @@
 // Command vm runs tests in virtual machines with kernels of Debian's: `go run ./test/vm`
 // from the repository's root, as root where packages have to be installed.
 //
-//   - kernel.go: finds, downloads and unpacks kernels, into .cache/vm
 //   - machines.go: which machines there are, and what each runs
-//   - modules.go, disk.go, initramfs.go: pack modules, tools and our programs;
-//     boot.sh, run.sh: what a machine runs first
+//   - disk.go: packs modules, tools and our programs; boot.sh, run.sh: what a machine
+//     runs first. Package vmkernel gets kernels, into .cache/vm
 //   - qemu.go: boots one and reads the verdict; digest.go: what to repeat of one that failed
 //   - guest/: the tests of package attach's transports
 //   - volumes/: the tests of whole volumes, with the real program's processes
@@ -27,6 +26,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/csi-imgdisk/csi-imgdisk/internal/vmkernel"
 )
 
 // config is what to run.
@@ -87,7 +88,7 @@ func runAll(ctx context.Context, c config) error {
 	errs := make([]error, len(c.kernels)*len(machines))
 	var running sync.WaitGroup
 	for i, version := range c.kernels {
-		k, err := getKernel(ctx, cache, version)
+		k, err := vmkernel.Get(ctx, cache, version)
 		if err != nil {
 			return errors.Join(fmt.Errorf("kernel %s: %w", version, err), waitAll(&running, errs))
 		}
@@ -114,20 +115,20 @@ func waitAll(running *sync.WaitGroup, errs []error) error {
 // bootTries is how often a machine that does not come to run anything is booted.
 const bootTries = 3
 
-func runOne(ctx context.Context, k kernel, files bootFiles, m machine, limit time.Duration) error {
+func runOne(ctx context.Context, k vmkernel.Kernel, files bootFiles, m machine, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	start, told := time.Now(), newDigest()
 	err := boot(ctx, k, files, m, told)
 	for try := 1; try < bootTries && errors.Is(err, errNotBegun); try++ {
-		fmt.Printf("[%s %s] %v: once more\n", k.release, m.name, err)
+		fmt.Printf("[%s %s] %v: once more\n", k.Release, m.name, err)
 		told = newDigest()
 		err = boot(ctx, k, files, m, told)
 	}
 	if err != nil {
 		return fmt.Errorf("after %v: %w:\n  %s", time.Since(start).Round(time.Second), err, strings.Join(told.lines(), "\n  "))
 	}
-	fmt.Printf("[%s %s] passed in %v\n", k.release, m.name, time.Since(start).Round(time.Second))
+	fmt.Printf("[%s %s] passed in %v\n", k.Release, m.name, time.Since(start).Round(time.Second))
 	return nil
 }
 
@@ -159,7 +160,7 @@ type bootFiles struct {
 	disk      string
 }
 
-func makeBootFiles(ctx context.Context, dir string, k kernel, programs string) (bootFiles, error) {
+func makeBootFiles(ctx context.Context, dir string, k vmkernel.Kernel, programs string) (bootFiles, error) {
 	files := bootFiles{filepath.Join(dir, "initramfs"), filepath.Join(dir, "disk")}
 	d, err := newDisk(filepath.Join(dir, "root"))
 	if err != nil {
@@ -183,7 +184,7 @@ func makeBootFiles(ctx context.Context, dir string, k kernel, programs string) (
 			return files, err
 		}
 	}
-	m, err := readModules(ctx, k, wantedModules)
+	m, err := k.ReadModules(ctx, wantedModules)
 	if err != nil {
 		return files, err
 	}
@@ -193,7 +194,7 @@ func makeBootFiles(ctx context.Context, dir string, k kernel, programs string) (
 	if err := d.write(ctx, files.disk); err != nil {
 		return files, err
 	}
-	return files, writeInitramfs(files.initramfs, m, busybox)
+	return files, vmkernel.WriteInitramfs(files.initramfs, m, busybox, bootScript)
 }
 
 // tools are the programs needed here and in the guest, with their Debian packages.

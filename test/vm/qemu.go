@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/csi-imgdisk/csi-imgdisk/internal/vmkernel"
 )
 
 // What run.sh says first, and what it begins its last line with; the exit code follows.
@@ -27,12 +29,12 @@ var errNotBegun = errors.New("the machine ended while it started")
 
 // boot runs a machine to its end, and shows and notes what it says. It returns nil if what
 // it ran ended well.
-func boot(ctx context.Context, k kernel, files bootFiles, m machine, told *digest) error {
+func boot(ctx context.Context, k vmkernel.Kernel, files bootFiles, m machine, told *digest) error {
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
 		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(m.memoryMiB),
 		"-display", "none", "-no-reboot", "-nodefaults", "-serial", "stdio",
 		"-snapshot", "-drive", "file="+files.disk+",if=virtio,format=raw,cache=unsafe",
-		"-kernel", k.image, "-initrd", files.initramfs,
+		"-kernel", k.Image, "-initrd", files.initramfs,
 		"-append", "console=ttyS0 panic=-1 quiet imgdisk.machine="+m.name+" imgdisk.arguments="+strings.Join(m.commandLine(), ","))
 	cmd.Stderr = os.Stderr
 	cmd.WaitDelay = 10 * time.Second
@@ -57,7 +59,7 @@ func boot(ctx context.Context, k kernel, files bootFiles, m machine, told *diges
 			continue
 		}
 		told.add(line)
-		fmt.Printf("[%s %s] %s\n", k.release, m.name, line)
+		fmt.Printf("[%s %s] %s\n", k.Release, m.name, line)
 	}
 	err = cmd.Wait()
 	switch {

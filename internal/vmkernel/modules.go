@@ -1,4 +1,4 @@
-package main
+package vmkernel
 
 import (
 	"bytes"
@@ -6,6 +6,7 @@ import (
 	"debug/elf"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,20 +14,17 @@ import (
 	"strings"
 )
 
-// wantedModules are those that the tests need; what they depend on comes along. One
-// that a kernel doesn't have is built in, or the test that needs it says so.
-var wantedModules = append([]string{"nbd", "ublk_drv", "loop", "fuse", "nfsd", "nfsv4", "md5"}, diskModules...)
-
-// modules are a kernel's, unpacked, by name.
-type modules struct {
+// Modules are a kernel's, unpacked, by name.
+type Modules struct {
 	release string
 	content map[string][]byte
 	depends map[string][]string // what each needs directly
 }
 
-// readModules reads some modules of a kernel and what they depend on.
-func readModules(ctx context.Context, k kernel, wanted []string) (modules, error) {
-	m := modules{k.release, map[string][]byte{}, map[string][]string{}}
+// ReadModules reads some modules of a kernel and what they depend on. It leaves out those that the
+// kernel does not have, which may be built in. It needs busybox.
+func (k Kernel) ReadModules(ctx context.Context, wanted []string) (Modules, error) {
+	m := Modules{k.Release, map[string][]byte{}, map[string][]string{}}
 	paths, err := k.modulePaths()
 	if err != nil {
 		return m, err
@@ -49,9 +47,9 @@ func readModules(ctx context.Context, k kernel, wanted []string) (modules, error
 }
 
 // modulePaths returns the files of all modules, by name.
-func (k kernel) modulePaths() (map[string]string, error) {
+func (k Kernel) modulePaths() (map[string]string, error) {
 	paths := map[string]string{}
-	err := filepath.WalkDir(k.modules, func(path string, _ fs.DirEntry, err error) error {
+	err := filepath.WalkDir(k.Modules, func(path string, _ fs.DirEntry, err error) error {
 		if name, _, ok := strings.Cut(filepath.Base(path), ".ko"); ok && err == nil {
 			paths[strings.ReplaceAll(name, "-", "_")] = path
 		}
@@ -63,9 +61,12 @@ func (k kernel) modulePaths() (map[string]string, error) {
 	return paths, nil
 }
 
-// files returns some modules, those they need, and the list by which modprobe finds
+// Names are those of all modules that were read, sorted.
+func (m Modules) Names() []string { return slices.Sorted(maps.Keys(m.content)) }
+
+// Files returns some modules, those they need, and the list by which modprobe finds
 // what each depends on, by path in a root file system.
-func (m modules) files(names []string) map[string][]byte {
+func (m Modules) Files(names []string) map[string][]byte {
 	dir := "lib/modules/" + m.release + "/"
 	files := map[string][]byte{}
 	var list strings.Builder

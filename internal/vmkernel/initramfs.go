@@ -1,32 +1,30 @@
-package main
+package vmkernel
 
 import (
 	"bytes"
-	_ "embed"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 )
 
-//go:embed boot.sh
-var bootScript []byte
+// DiskModules are those without which a machine doesn't see its disk of type virtio and a
+// file system of ext4 on it.
+var DiskModules = []string{"virtio_pci", "virtio_blk", "ext4", "crc32c_generic"}
 
-// diskModules are those without which a machine doesn't see its disk.
-var diskModules = []string{"virtio_pci", "virtio_blk", "ext4", "crc32c_generic"}
-
-// writeInitramfs writes what a kernel needs to get at the disk that everything else is
-// on. It is small, because a machine's memory may be.
-func writeInitramfs(path string, modules modules, busybox []byte) error {
+// WriteInitramfs writes what a kernel needs to get at the disk that everything else is
+// on: DiskModules, busybox as sh and modprobe, and the first process, a script. It is small,
+// because a machine's memory may be.
+func WriteInitramfs(path string, modules Modules, busybox, script []byte) error {
 	a := newArchive()
-	a.add("init", 0o755, bootScript)
+	a.add("init", 0o755, script)
 	for _, dir := range []string{"proc", "sys", "dev", "disk"} {
 		a.mkdir(dir)
 	}
 	a.add("bin/busybox", 0o755, busybox)
 	a.symlink("bin/sh", "busybox")
 	a.symlink("sbin", "bin") // where the kernel looks for modprobe
-	for name, content := range modules.files(diskModules) {
+	for name, content := range modules.Files(DiskModules) {
 		a.add(name, 0o644, content)
 	}
 	return os.WriteFile(path, a.bytes(), 0o600)

@@ -1,4 +1,4 @@
-package main
+package vmkernel
 
 import (
 	"bufio"
@@ -13,27 +13,27 @@ import (
 	"strings"
 )
 
-// kernel is one that is unpacked.
-type kernel struct {
-	image   string // bootable
-	release string // what uname -r says
-	modules string // directory lib/modules/RELEASE/kernel
+// Kernel is one that is unpacked.
+type Kernel struct {
+	Image   string // bootable
+	Release string // what uname -r says
+	Modules string // directory lib/modules/RELEASE/kernel
 }
 
-// getKernel returns the latest kernel of a version that apt knows, from the cache or
-// downloaded into it.
-func getKernel(ctx context.Context, cache, version string) (kernel, error) {
+// Get returns the latest kernel of a version, such as "6.12", that apt knows: from the
+// cache or downloaded into it.
+func Get(ctx context.Context, cache, version string) (Kernel, error) {
 	pkg, err := findPackage(ctx, version)
 	if err != nil {
 		if k, cacheErr := cachedKernel(cache, version); cacheErr == nil {
 			return k, nil // no package lists, but an earlier download
 		}
-		return kernel{}, err
+		return Kernel{}, err
 	}
 	dir := filepath.Join(cache, pkg)
 	if _, err := os.Stat(dir); err != nil {
 		if err := download(ctx, cache, pkg, dir); err != nil {
-			return kernel{}, err
+			return Kernel{}, err
 		}
 	}
 	return openKernel(dir)
@@ -106,17 +106,17 @@ func download(ctx context.Context, cache, pkg, dir string) error {
 	return os.Rename(unpacked, dir)
 }
 
-func openKernel(dir string) (kernel, error) {
+func openKernel(dir string) (Kernel, error) {
 	images, _ := filepath.Glob(filepath.Join(dir, "boot", "vmlinuz-*"))
 	if len(images) != 1 {
-		return kernel{}, fmt.Errorf("%s/boot holds kernels %q, want one", dir, images)
+		return Kernel{}, fmt.Errorf("%s/boot holds kernels %q, want one", dir, images)
 	}
 	release := strings.TrimPrefix(filepath.Base(images[0]), "vmlinuz-")
-	return kernel{image: images[0], release: release, modules: filepath.Join(dir, "lib", "modules", release, "kernel")}, nil
+	return Kernel{Image: images[0], Release: release, Modules: filepath.Join(dir, "lib", "modules", release, "kernel")}, nil
 }
 
 // cachedKernel returns the latest of a version that was downloaded earlier.
-func cachedKernel(cache, version string) (kernel, error) {
+func cachedKernel(cache, version string) (Kernel, error) {
 	dirs, _ := filepath.Glob(filepath.Join(cache, "linux-image-"+version+".*"))
 	var newest string
 	for _, d := range dirs {
@@ -125,7 +125,17 @@ func cachedKernel(cache, version string) (kernel, error) {
 		}
 	}
 	if newest == "" {
-		return kernel{}, fmt.Errorf("no kernel %s in %s", version, cache)
+		return Kernel{}, fmt.Errorf("no kernel %s in %s", version, cache)
 	}
 	return openKernel(newest)
+}
+
+// command runs a program and tells what it said if it fails.
+func command(ctx context.Context, name string, args ...string) error {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s %s: %w\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return nil
 }
