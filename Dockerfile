@@ -12,11 +12,10 @@ RUN CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=${VERSION}"
 
 FROM debian:bookworm-slim AS rootfs
 RUN apt-get update && apt-get install -y --no-install-recommends debootstrap ca-certificates
-ARG SOURCE_DATE_EPOCH=0
 ARG DEBIAN_MIRROR=http://deb.debian.org/debian
 COPY image/packages image/rootfs.sh /image/
 # mknod and mount are not allowed in a build: debootstrap goes without.
-RUN SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH} DEBIAN_MIRROR=${DEBIAN_MIRROR} /image/rootfs.sh /rootfs
+RUN DEBIAN_MIRROR=${DEBIAN_MIRROR} /image/rootfs.sh /rootfs
 
 FROM scratch
 COPY --from=rootfs /rootfs /

@@ -16,7 +16,7 @@ if [[ ! -d $out/rootfs-$recipe ]]; then
     exit 1
   fi
   command -v debootstrap >/dev/null || apt-get install -qq -y --no-install-recommends debootstrap
-  rm -rf "$out"/rootfs-* "$out/new"
+  rm -rf "$out"/rootfs-* "$out/new" # with the layers of earlier recipes
   image/rootfs.sh "$out/new"
   mv "$out/new" "$out/rootfs-$recipe"
 fi

@@ -4,18 +4,25 @@
 //
 //	SOURCE_DATE_EPOCH=… go run ./image -rootfs DIR -binary bin/csi-imgdisk -name NAME:TAG -out csi-imgdisk.tar
 //
-// DIR is what image/rootfs.sh made. The same files make the same archive, to the bit.
+// DIR is what image/rootfs.sh made; its compressed layer is kept as DIR.tar.gz. The same
+// files make the same archive, to the bit.
 package main
 
 import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/csi-imgdisk/csi-imgdisk/image/archive"
 )
+
+// program is where the image has the driver.
+const program = "usr/local/bin/csi-imgdisk"
 
 func main() {
 	var b build
@@ -43,7 +50,7 @@ func (b build) run() error {
 	if err != nil {
 		return err
 	}
-	if err := writeArchive(b, epoch); err != nil {
+	if err := b.writeArchive(epoch); err != nil {
 		return fmt.Errorf("write %s: %w", b.out, err)
 	}
 	bom := strings.TrimSuffix(b.out, ".tar") + ".spdx.json"
@@ -54,7 +61,38 @@ func (b build) run() error {
 	return nil
 }
 
-// sourceDate is what files are not to be younger than.
+// writeArchive writes an image of two layers: the root file system, which stays the same for
+// many versions of the program, and the program.
+func (b build) writeArchive(epoch time.Time) error {
+	base, err := archive.OpenLayer(b.rootfs + ".tar.gz")
+	if errors.Is(err, fs.ErrNotExist) {
+		base, err = archive.WriteLayer(b.rootfs+".tar.gz", archive.Content{Root: b.rootfs})
+	}
+	if err != nil {
+		return fmt.Errorf("the root file system: %w", err)
+	}
+	layer := b.out + ".layer"
+	defer os.Remove(layer)
+	defer os.Remove(layer + ".json")
+	top, err := archive.WriteLayer(layer, archive.Content{
+		Files:  []archive.File{{Name: program, Mode: 0o755, From: b.binary}},
+		Newest: epoch,
+	})
+	if err != nil {
+		return fmt.Errorf("the program: %w", err)
+	}
+	return archive.Write(b.out, epoch, archive.Image{
+		Names: []string{b.name}, Layers: []archive.Layer{base, top},
+		Entrypoint: []string{"/" + program},
+		Env:        []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+		Labels: map[string]string{
+			"org.opencontainers.image.title": "csi-imgdisk", "org.opencontainers.image.licenses": "Apache-2.0",
+			"org.opencontainers.image.source": "https://github.com/csi-imgdisk/csi-imgdisk",
+		},
+	})
+}
+
+// sourceDate is when the image says that it was made.
 func sourceDate() (time.Time, error) {
 	text := os.Getenv("SOURCE_DATE_EPOCH")
 	if text == "" {

@@ -1,10 +1,10 @@
 #!/bin/bash
 # Makes the image's root file system in a new directory, as root:
 #
-#   SOURCE_DATE_EPOCH=… image/rootfs.sh DIR
+#   image/rootfs.sh DIR
 #
 # The same archive (DEBIAN_MIRROR, such as http://snapshot.debian.org/archive/debian/20261121T000000Z)
-# makes the same files. The Dockerfile and image/main.go use it.
+# makes the same files, with the same times. The Dockerfile, image/build.sh and the tests' cluster use it.
 set -euo pipefail
 
 dir=$1
@@ -17,6 +17,8 @@ if ! command -v debootstrap >/dev/null; then
   exit 1
 fi
 
+start=$(mktemp)
+trap 'rm -f "$start"' EXIT
 debootstrap --variant=minbase --include="$packages" "$suite" "$dir" "$mirror"
 
 # What only this build knows: dates, this machine, logs, caches.
@@ -33,3 +35,7 @@ find "$dir/usr/share/doc" -depth -type d -empty -delete
 rm -rf "$dir"/usr/share/{man,info,locale,lintian,bash-completion}
 # Where the chart mounts things.
 mkdir -p "$dir/csi" "$dir/etc/csi-imgdisk" "$dir/var/lib/csi-imgdisk/stores" "$dir/run/csi-imgdisk"
+
+# What the packages did not bring with a time of its own is as old as the youngest file that they did.
+youngest=$(find "$dir" ! -newer "$start" -type f -printf '%T@\n' | sort -n | tail -1)
+find "$dir" -newer "$start" -exec touch -h -d "@${youngest%.*}" {} +
