@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -50,13 +51,13 @@ func ServeFUSE(ctx context.Context, file *os.File, dev block.Device, opts FUSEOp
 	if n < 1 || n > fuseMaxThreads {
 		return fmt.Errorf("fuse: %d threads: %w: 1 to %d are accepted", n, block.ErrInvalid, fuseMaxThreads)
 	}
-	s, err := newFUSEServer(file, dev)
+	s, err := newFUSEServer(file, dev, n)
 	if err != nil {
 		return err
 	}
 	defer s.close()
 	defer context.AfterFunc(ctx, s.stop)()
-	return s.run(n)
+	return s.run()
 }
 
 type fuseServer struct {
@@ -67,9 +68,16 @@ type fuseServer struct {
 	stopOnce sync.Once
 	stopped  chan struct{}
 	need     chan struct{} // a helper is wanted
+	standIn  chan struct{} // … that stays until it isn't
+
+	slots    []fuseSlot // of each thread; the readers' come first
+	readers  int
+	short    atomic.Bool   // no reader takes requests
+	watching atomic.Bool   // somebody looks at the threads
+	begun    chan struct{} // … or is to begin that
 }
 
-func newFUSEServer(file *os.File, dev block.Device) (*fuseServer, error) {
+func newFUSEServer(file *os.File, dev block.Device, threads int) (*fuseServer, error) {
 	fd, err := dupDescriptor(file)
 	if err != nil {
 		return nil, err
@@ -85,7 +93,11 @@ func newFUSEServer(file *os.File, dev block.Device) (*fuseServer, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("fuse: eventfd: %w", err)
 	}
-	return &fuseServer{dev: dev, fd: fd, stopFD: stopFD, stopped: make(chan struct{}), need: make(chan struct{})}, nil
+	return &fuseServer{
+		dev: dev, fd: fd, stopFD: stopFD,
+		stopped: make(chan struct{}), need: make(chan struct{}), standIn: make(chan struct{}), begun: make(chan struct{}, 1),
+		slots: make([]fuseSlot, threads), readers: min(threads, fuseReaders),
+	}, nil
 }
 
 // close releases the descriptors. A stop that comes at the same time has happened when they

@@ -96,7 +96,7 @@ func newFUSEClient(t testing.TB, dev *memDevice) *fuseClient {
 		t.Fatal(err)
 	}
 	for _, fd := range fds {
-		enlargeSendBuffer(fd)
+		setSendBuffer(fd, nbdServerBufferBytes)
 	}
 	timeout := unix.Timeval{Sec: 20}
 	if err := unix.SetsockoptTimeval(fds[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
@@ -410,6 +410,34 @@ func TestServeFUSE_Helpers(t *testing.T) {
 	}
 }
 
+// TestServeFUSE_Stalled: however many requests storage holds up, as long as a thread is left
+// another one is answered, and when storage goes on, all are.
+func TestServeFUSE_Stalled(t *testing.T) {
+	const threads = 10
+	dev := &memDevice{data: make([]byte, 1<<20), entered: make(chan struct{}, threads), proceed: make(chan struct{})}
+	c := newFUSEClient(t, dev)
+	for range 2 { // the second time after having recovered
+		c.stop()
+		if err := c.end(); err != nil {
+			t.Fatal(err)
+		}
+		c.serveWith(threads)
+		for range threads - 1 {
+			c.send(fuseWrite, fuseFileNode, ioArgs(0, 1, []byte{7}))
+			<-dev.entered
+			for range 3 {
+				if errno, _ := c.call(fuseRead, ioArgs(4096, 4096, nil)); errno != 0 {
+					t.Fatalf("read: %v", errno)
+				}
+			}
+		}
+		for range threads - 1 {
+			dev.proceed <- struct{}{}
+			c.awaitAnswer()
+		}
+	}
+}
+
 // TestServeFUSE_Allocations: none per request.
 func TestServeFUSE_Allocations(t *testing.T) {
 	c := newFUSEClient(t, &memDevice{data: make([]byte, 1<<20)})
@@ -439,7 +467,7 @@ func TestFUSEServer_StopAfterClose(t *testing.T) {
 	defer unix.Close(fds[0])
 	connection := os.NewFile(uintptr(fds[1]), "server's end")
 	defer connection.Close()
-	s, err := newFUSEServer(connection, &memDevice{data: make([]byte, 4096)})
+	s, err := newFUSEServer(connection, &memDevice{data: make([]byte, 4096)}, 1)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,60 +12,78 @@ import (
 
 // The threads of a FUSE server. A few readers wait for requests. When requests turn
 // out to take long, because storage is far away, helpers join in, so that as many
-// requests as there are threads wait for storage at the same time.
+// requests as there are threads wait for storage at the same time; fusewatch.go is for
+// when it does not answer at all.
 
 const (
 	// slowRequest is what calls a helper: longer than memory ever takes.
 	slowRequest = 300 * time.Microsecond
 	// helperRest is after how long without work a helper gives its memory back.
 	helperRest = 5 * time.Second
+	// standInLook is how often a helper that stands in looks whether it is still wanted.
+	standInLook = 100 * time.Millisecond
 )
 
-// run serves with n threads, until they have all ended.
-func (s *fuseServer) run(n int) error {
-	readers := min(n, fuseReaders)
+// run serves until all threads have ended.
+func (s *fuseServer) run() error {
+	n := len(s.slots)
 	ended := make(chan error, n)
 	for i := range n {
 		work := s.helper
-		if i < readers {
+		if i < s.readers {
 			work = s.reader
+			s.slots[i].serving.Store(true)
 		}
 		go func() {
 			runtime.LockOSThread()
 			defer runtime.UnlockOSThread()
-			err := work()
+			err := work(&s.slots[i])
 			s.stop() // one has seen the end: the others need not
 			ended <- err
 		}()
 	}
+	watched := make(chan struct{})
+	go func() {
+		s.watchThreads()
+		close(watched)
+	}()
 	var errs []error
 	for range n {
 		errs = append(errs, <-ended)
 	}
+	<-watched
 	return errors.Join(errs...)
 }
 
 // reader waits for requests and answers them.
-func (s *fuseServer) reader() error {
-	t, err := s.newThread()
+func (s *fuseServer) reader(slot *fuseSlot) error {
+	t, err := s.newThread(slot)
 	if err != nil {
 		return err
 	}
 	defer t.close()
-	epoll, err := s.newEpoll()
+	_, err = t.serve(-1, func() bool { return true })
+	return err
+}
+
+// serve waits for requests and answers them, as long as wanted says so, which it asks
+// every so many milliseconds. ended says that there will be no more requests.
+func (t *fuseThread) serve(lookMillis int, wanted func() bool) (ended bool, err error) {
+	epoll, err := t.newEpoll()
 	if err != nil {
-		return err
+		return true, err
 	}
 	defer unix.Close(epoll)
 	var events [2]unix.EpollEvent
-	for {
+	for wanted() {
 		if ended, err := t.drain(); ended || err != nil {
-			return err
+			return true, err
 		}
-		if _, err := unix.EpollWait(epoll, events[:], -1); err != nil && err != unix.EINTR {
-			return fmt.Errorf("fuse: wait for a request: %w", err)
+		if _, err := unix.EpollWait(epoll, events[:], lookMillis); err != nil && err != unix.EINTR {
+			return true, fmt.Errorf("fuse: wait for a request: %w", err)
 		}
 	}
+	return false, nil
 }
 
 // newEpoll returns an epoll instance that wakes one of its users for a request, and
@@ -93,7 +111,7 @@ func (s *fuseServer) callHelper() {
 }
 
 // helper answers requests while there are more than the readers manage.
-func (s *fuseServer) helper() error {
+func (s *fuseServer) helper(slot *fuseSlot) error {
 	var t *fuseThread
 	release := func() {
 		if t != nil {
@@ -104,6 +122,7 @@ func (s *fuseServer) helper() error {
 	defer release()
 	rest := time.NewTimer(helperRest)
 	for {
+		work := (*fuseThread).drain
 		select {
 		case <-s.stopped:
 			return nil
@@ -111,18 +130,27 @@ func (s *fuseServer) helper() error {
 			release()
 			continue
 		case <-s.need:
+		case <-s.standIn:
+			work = (*fuseThread).replaceReader
 		}
 		if t == nil {
 			var err error
-			if t, err = s.newThread(); err != nil {
+			if t, err = s.newThread(slot); err != nil {
 				return err
 			}
 		}
-		if ended, err := t.drain(); ended || err != nil {
+		if ended, err := work(t); ended || err != nil {
 			return err
 		}
 		rest.Reset(helperRest)
 	}
+}
+
+// replaceReader does a reader's work while none of them can.
+func (t *fuseThread) replaceReader() (ended bool, err error) {
+	t.slot.serving.Store(true)
+	defer t.slot.serving.Store(false)
+	return t.serve(int(standInLook.Milliseconds()), t.short.Load)
 }
 
 // A fuseThread's memory is one mapping: a page that ends with the request's two
@@ -143,10 +171,11 @@ const (
 
 type fuseThread struct {
 	*fuseServer
-	mem []byte
+	slot *fuseSlot
+	mem  []byte
 }
 
-func (s *fuseServer) newThread() (*fuseThread, error) {
+func (s *fuseServer) newThread(slot *fuseSlot) (*fuseThread, error) {
 	mem, err := unix.Mmap(-1, 0, memBytes, unix.PROT_READ|unix.PROT_WRITE,
 		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
@@ -157,7 +186,7 @@ func (s *fuseServer) newThread() (*fuseThread, error) {
 		mem[i] = 1
 	}
 	_ = unix.Mlock(mem) // a limit on locked memory leaves it merely populated
-	return &fuseThread{fuseServer: s, mem: mem}, nil
+	return &fuseThread{fuseServer: s, slot: slot, mem: mem}, nil
 }
 
 func (t *fuseThread) close() { _ = unix.Munmap(t.mem) }
@@ -172,7 +201,10 @@ func (t *fuseThread) drain() (ended bool, err error) {
 			return true, nil // not a FUSE connection's end, but a socket's, in tests
 		case err == nil:
 			start := time.Now()
-			if err := t.handle(n); err != nil {
+			t.begin(t.slot)
+			err := t.handle(n)
+			t.slot.turns.Add(1)
+			if err != nil {
 				return true, err
 			}
 			if time.Since(start) >= slowRequest {

@@ -203,9 +203,6 @@ func testForgotten(t *testing.T, cfg Config) {
 // testStalled: requests that wait for storage hold up no others, once it is known to be
 // slow.
 func testStalled(t *testing.T, cfg Config) {
-	if cfg.Transport == "fuse" {
-		t.Skip("the readers of a FUSE server call for help when a slow request has ended: when all of them wait, the rest waits")
-	}
 	r := newRig(t, cfg)
 	r.server.StallFile, r.server.StallAt = filepath.Join(filepath.Dir(r.backing), "stall"), sizeBytes/2
 	stall := func() {
