@@ -62,8 +62,16 @@ const (
 	nbdMaxRequestKiB   = 1024
 	nbdMaxDiscardBytes = 1 << 30
 
-	nbdSocketBufferBytes = 4 << 20
-	nbdReconnectLimit    = 30 * time.Second
+	// What the kernel sends, data to be written above all, it puts into memory that it
+	// keeps for when there is no other, because writing may be how it gets some. When
+	// that is gone, sending fails (ENOBUFS), and the driver hangs up: so a socket must
+	// hold much less than a small machine keeps (vm.min_free_kbytes, about 2 MiB of
+	// 256), also when many devices are written. The kernel doubles what is set.
+	nbdKernelBufferBytes = 128 << 10
+	// A server's answers are made of ordinary memory: a queue's worth.
+	nbdServerBufferBytes = 4 << 20
+
+	nbdReconnectLimit = 30 * time.Second
 )
 
 // nbdTransport makes devices of the kernel's nbd driver.

@@ -24,19 +24,18 @@ func newSocketPairs(n int) ([]socketPair, error) {
 			closePairs(pairs)
 			return nil, fmt.Errorf("make a socket pair: %w", err)
 		}
-		for _, fd := range fds {
-			enlargeSendBuffer(fd)
-		}
+		setSendBuffer(fds[0], nbdKernelBufferBytes)
+		setSendBuffer(fds[1], nbdServerBufferBytes)
 		pairs = append(pairs, socketPair{kernel: fds[0], server: os.NewFile(uintptr(fds[1]), "nbd socket")})
 	}
 	return pairs, nil
 }
 
-// enlargeSendBuffer lets a whole queue of requests lie in a socket. What is not
-// granted only costs speed.
-func enlargeSendBuffer(fd int) {
-	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, nbdSocketBufferBytes) != nil {
-		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, nbdSocketBufferBytes)
+// setSendBuffer says how much may lie in a socket that was sent and not yet received.
+// What is not granted only costs speed.
+func setSendBuffer(fd, size int) {
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, size) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, size)
 	}
 }
 
