@@ -22,7 +22,7 @@ var (
 	testEnds    = regexp.MustCompile(`^\s*--- (PASS|FAIL|SKIP): (\S+)`)
 	testMessage = regexp.MustCompile(`^\s+(\w+\.go:\d+: .*)`)
 	panics      = regexp.MustCompile(`panic: |fatal error: |^\[signal |unexpected fault`)
-	kernelTells = regexp.MustCompile(`Out of memory|oom-kill|oom_reaper|BUG: |Oops|Kernel panic|general protection|WARNING: CPU|blocked for more than|detected stall|page allocation failure|I/O error|EXT4-fs error|segfault`)
+	kernelTells = regexp.MustCompile(`Out of memory|oom-kill|oom_reaper|BUG: |Oops|Kernel panic|general protection|WARNING: CPU|blocked for more than|detected stall|page allocation failure|Send .* failed|I/O error|EXT4-fs error|segfault`)
 	warnings    = regexp.MustCompile(`level=(WARN|ERROR)`)
 )
 

@@ -16,6 +16,11 @@ cd /tmp
 # CI: here nothing may be skipped for want of a tool.
 CI=true IMGDISK_VM_GUEST=$(option machine) $(option arguments | tr , ' ')
 code=$?
-[ $code -eq 0 ] || dmesg | tail -n 80
+if [ $code -ne 0 ]; then
+	echo "what the kernel said, that tells most:"
+	dmesg | grep -E 'Out of memory|oom-kill|page allocation failure|BUG: |Oops|WARNING: |blocked for more than|Send .* failed' | head -n 20
+	echo "… and last:"
+	dmesg | tail -n 80
+fi
 echo "imgdisk-vm verdict: $code"
 poweroff -f
