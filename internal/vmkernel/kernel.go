@@ -84,7 +84,7 @@ func older(a, b string) bool {
 
 // download makes dir from a package, completely or not at all.
 func download(ctx context.Context, cache, pkg, dir string) error {
-	fmt.Printf("downloading %s\n", pkg)
+	fmt.Fprintf(os.Stderr, "downloading %s\n", pkg)
 	tmp, err := os.MkdirTemp(cache, "download")
 	if err != nil {
 		return err
