@@ -15,10 +15,10 @@ RUN      ?= .
 MINUTES  ?= 10
 LINTER   := .cache/bin/golangci-lint
 
-.PHONY: help build image demo test lint race fuzz conformance bench vm-test soak oracle-virtualbox generate verify clean go deps
+.PHONY: help build image demo test lint race fuzz conformance bench vm-test e2e e2e-full e2e-up e2e-shell e2e-down e2e-deps soak oracle-virtualbox generate verify clean go deps
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: go ## build bin/csi-imgdisk, one static binary
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/csi-imgdisk ./cmd/csi-imgdisk
@@ -53,6 +53,24 @@ bench: deps ## measure speed beside qemu-nbd, nbdkit and qemu-img, in one run (B
 
 vm-test: go ## test transports and whole volumes in virtual machines with Debian's kernels
 	go run ./test/vm
+
+e2e: e2e-deps ## test the driver in a Kubernetes cluster of virtual machines made here, as root (RUN=regexp)
+	go -C e2e run . test -run '$(RUN)'
+
+e2e-full: e2e-deps ## e2e with all of Kubernetes's own storage tests: hours
+	go -C e2e run . test -full
+
+e2e-up: e2e-deps ## bring such a cluster up, with the driver, and keep it
+	go -C e2e run . up
+
+e2e-shell: go ## open a shell with kubectl for that cluster (MACHINE=node-a, node-b, nfs: one there)
+	@go -C e2e run . shell $(MACHINE)
+
+e2e-down: go ## take that cluster down
+	go -C e2e run . down
+
+e2e-deps: go
+	@hack/install-deps.sh e2e
 
 soak: deps ## random I/O, kills, upgrades, resizes, snapshots, stalls for MINUTES (default 10), here and in a machine (VM=0: only here)
 	@$(MAKE) --no-print-directory build

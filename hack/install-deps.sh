@@ -2,6 +2,7 @@
 # Installs the Debian or Ubuntu packages that something here needs and that are missing.
 #
 #   hack/install-deps.sh test   what `make test` compares with, and makes file systems with
+#   hack/install-deps.sh e2e    what a test cluster is made with
 #   hack/install-deps.sh demo   what `csi-imgdisk demo` runs
 #
 # Without root it says what to install, and fails. The demo goes without what it only
@@ -38,6 +39,17 @@ oracles=(
   xz:xz-utils
   unshare:util-linux
   fuser:psmisc
+)
+
+cluster=(
+  qemu-system-x86_64:qemu-system-x86
+  qemu-img:qemu-utils
+  debootstrap:debootstrap
+  busybox:busybox-static
+  etcd:etcd-server
+  ip:iproute2
+  nsenter:util-linux
+  xz:xz-utils
 )
 
 # missing PROGRAM:PACKAGE…: the packages of programs that are not there.
@@ -78,6 +90,10 @@ case ${1:-} in
     mapfile -t packages < <(missing "${needed[@]}" "${useful[@]}" "${oracles[@]}")
     [[ ${#packages[@]} -eq 0 ]] || install "${packages[@]}"
     ;;
+  e2e)
+    mapfile -t packages < <(missing "${needed[@]}" "${cluster[@]}")
+    [[ ${#packages[@]} -eq 0 ]] || install "${packages[@]}"
+    ;;
   demo)
     mapfile -t packages < <(missing "${needed[@]}")
     [[ ${#packages[@]} -eq 0 ]] || install "${packages[@]}"
@@ -85,7 +101,7 @@ case ${1:-} in
     [[ ${#packages[@]} -eq 0 ]] || install "${packages[@]}" || echo "going on without ${packages[*]}"
     ;;
   *)
-    echo "usage: $0 test|demo" >&2
+    echo "usage: $0 test|e2e|demo" >&2
     exit 2
     ;;
 esac

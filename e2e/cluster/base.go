@@ -18,7 +18,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/csi-imgdisk/csi-imgdisk/e2e/parts")
+	"github.com/csi-imgdisk/csi-imgdisk/e2e/parts"
+)
 
 //go:embed guest
 var guest embed.FS
@@ -140,7 +141,11 @@ func makeBase(ctx context.Context, cache, dir string, k kernel, boot []byte) err
 	if err := os.RemoveAll(filepath.Join(tree, "var/cache/apt/archives")); err != nil {
 		return err
 	}
-	if err := command(ctx, "cp", "-a", filepath.Dir(k.Modules), filepath.Join(tree, "lib", "modules", k.Release)); err != nil {
+	modules := filepath.Join(tree, "lib", "modules")
+	if err := os.MkdirAll(modules, 0o755); err != nil {
+		return err
+	}
+	if err := command(ctx, "cp", "-a", filepath.Dir(k.Modules), modules); err != nil {
 		return err
 	}
 	if err := command(ctx, "chroot", tree, "depmod", k.Release); err != nil {

@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"io"
+	"path/filepath"
 
 	"github.com/csi-imgdisk/csi-imgdisk/e2e/parts"
 )
@@ -59,6 +60,9 @@ func Open(dir string) (*Cluster, error) { return open(dir) }
 // Kubeconfig is the path of a file with which programs on this machine reach the API server,
 // as an administrator of the cluster.
 func (c *Cluster) Kubeconfig() string { return c.path("kubeconfig") }
+
+// Kubectl is the path of the program.
+func (c *Cluster) Kubectl() string { return filepath.Join(c.state.Bin, "kubectl") }
 
 // Machine returns one by its name: NodeA, NodeB or NFS. It panics for any other name.
 func (c *Cluster) Machine(name string) *Machine {

@@ -115,7 +115,7 @@ func (p *controlPlane) snapshots(ctx context.Context, crds []string) error {
 	for _, file := range crds {
 		args = append(args, "--filename="+file)
 	}
-	if err := command(ctx, filepath.Join(p.c.state.Bin, "kubectl"), args...); err != nil {
+	if err := command(ctx, p.c.Kubectl(), args...); err != nil {
 		return err
 	}
 	return p.run("snapshot-controller", "--kubeconfig="+p.c.path("admin.kubeconfig"), "--leader-election=false",

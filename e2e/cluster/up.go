@@ -171,16 +171,9 @@ func (c *Cluster) keepLogs() string {
 	if err != nil {
 		return err.Error()
 	}
-	logs, _ := filepath.Glob(c.path("logs", "*.log"))
+	_ = copyAll(filepath.Join(dir, "control-plane"), c.path("logs", "*.log")) // some may not have come to be
 	for _, m := range c.machines {
-		logs = append(logs, m.path(consoleFile), m.path("qemu.log"))
-	}
-	for _, path := range logs {
-		name, _ := filepath.Rel(c.dir, path)
-		to := filepath.Join(dir, name)
-		if os.MkdirAll(filepath.Dir(to), 0o755) == nil {
-			_ = copyFile(to, path) // some may not have come to be
-		}
+		_ = copyAll(filepath.Join(dir, m.name), m.path("*.log"))
 	}
 	return dir
 }
