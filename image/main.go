@@ -12,7 +12,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -20,9 +19,6 @@ import (
 
 	"github.com/csi-imgdisk/csi-imgdisk/image/archive"
 )
-
-// program is where the image has the driver.
-const program = "usr/local/bin/csi-imgdisk"
 
 func main() {
 	var b build
@@ -64,10 +60,7 @@ func (b build) run() error {
 // writeArchive writes an image of two layers: the root file system, which stays the same for
 // many versions of the program, and the program.
 func (b build) writeArchive(epoch time.Time) error {
-	base, err := archive.OpenLayer(b.rootfs + ".tar.gz")
-	if errors.Is(err, fs.ErrNotExist) {
-		base, err = archive.WriteLayer(b.rootfs+".tar.gz", archive.Content{Root: b.rootfs})
-	}
+	base, err := archive.KeptLayer(b.rootfs+".tar.gz", archive.Content{Root: b.rootfs})
 	if err != nil {
 		return fmt.Errorf("the root file system: %w", err)
 	}
@@ -75,21 +68,13 @@ func (b build) writeArchive(epoch time.Time) error {
 	defer os.Remove(layer)
 	defer os.Remove(layer + ".json")
 	top, err := archive.WriteLayer(layer, archive.Content{
-		Files:  []archive.File{{Name: program, Mode: 0o755, From: b.binary}},
+		Files:  []archive.File{{Name: archive.DriverProgram, Mode: 0o755, From: b.binary}},
 		Newest: epoch,
 	})
 	if err != nil {
 		return fmt.Errorf("the program: %w", err)
 	}
-	return archive.Write(b.out, epoch, archive.Image{
-		Names: []string{b.name}, Layers: []archive.Layer{base, top},
-		Entrypoint: []string{"/" + program},
-		Env:        []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
-		Labels: map[string]string{
-			"org.opencontainers.image.title": "csi-imgdisk", "org.opencontainers.image.licenses": "Apache-2.0",
-			"org.opencontainers.image.source": "https://github.com/csi-imgdisk/csi-imgdisk",
-		},
-	})
+	return archive.Write(b.out, epoch, archive.Driver(b.name, base, top))
 }
 
 // sourceDate is when the image says that it was made.

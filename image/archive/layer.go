@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -82,6 +83,15 @@ func WriteLayer(path string, content Content) (layer Layer, err error) {
 		return layer, err
 	}
 	return layer, os.WriteFile(path+".json", description, 0o644)
+}
+
+// KeptLayer returns the layer at path, and makes it if it is not there.
+func KeptLayer(path string, content Content) (Layer, error) {
+	layer, err := OpenLayer(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return WriteLayer(path, content)
+	}
+	return layer, err
 }
 
 // OpenLayer returns what WriteLayer has made.
