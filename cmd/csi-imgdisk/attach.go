@@ -151,6 +151,7 @@ type deviceInfo struct {
 	Transport string `json:"transport"`
 	Phase     string `json:"phase"`
 	PID       int    `json:"pid,omitempty"`
+	Version   string `json:"version,omitempty"` // of the program that serves it
 	Restarts  int    `json:"restarts"`
 	Problem   string `json:"problem,omitempty"`
 }
@@ -158,7 +159,8 @@ type deviceInfo struct {
 func newDeviceInfo(att supervisor.Attachment) deviceInfo {
 	info := deviceInfo{
 		Device: att.Device, SizeBytes: att.SizeBytes, ReadOnly: att.ReadOnly, Transport: att.Transport,
-		Phase: string(att.Phase), PID: att.PID, Restarts: att.Restarts, Problem: att.Problem,
+		Phase: string(att.Phase), PID: att.PID, Version: att.Version,
+		Restarts: att.Restarts, Problem: att.Problem,
 	}
 	if path, ok := strings.CutPrefix(att.ID, imageID); ok {
 		info.Image = path

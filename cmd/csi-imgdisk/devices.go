@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,7 +26,8 @@ func newDevicesCommand() *cobra.Command {
 		Use:   "devices",
 		Short: "List the block devices made from images and volumes, and what they do",
 		Long: `Lists the block devices made from images and volumes. READ, WRITTEN, IN FLIGHT and ERRORS count
-since the server that is in the column PID began.
+since the server that is in the column PID began; VERSION is that of its program, which
+csi-imgdisk upgrade replaces.
 
 With --watch it shows what happens on them, as often as --interval says, until it is
 interrupted: requests and bytes per second, the time within which half and 99 of 100
@@ -209,7 +211,7 @@ func printDevices(p *printer, devices []deviceStatus) {
 	}
 	var rows [][]string
 	for _, d := range devices {
-		row := []string{d.Device, humanSize(d.SizeBytes), d.Transport, strconv.Itoa(d.PID), strconv.Itoa(d.Restarts)}
+		row := []string{d.Device, humanSize(d.SizeBytes), d.Transport, strconv.Itoa(d.PID), cmp.Or(d.Version, notTold), strconv.Itoa(d.Restarts)}
 		if t := d.Totals; t != nil {
 			row = append(row, humanSize(int64(t.ReadBytes)), humanSize(int64(t.WrittenBytes)), strconv.Itoa(t.InFlight), strconv.FormatUint(t.Errors, 10))
 		} else {
@@ -217,7 +219,7 @@ func printDevices(p *printer, devices []deviceStatus) {
 		}
 		rows = append(rows, append(row, d.Image+d.Volume, d.state()))
 	}
-	p.table([]string{"DEVICE", "SIZE", "TRANSPORT", "PID", "RESTARTS", "READ", "WRITTEN", "IN FLIGHT", "ERRORS", "IMAGE OR VOLUME", "STATE"}, rows)
+	p.table([]string{"DEVICE", "SIZE", "TRANSPORT", "PID", "VERSION", "RESTARTS", "READ", "WRITTEN", "IN FLIGHT", "ERRORS", "IMAGE OR VOLUME", "STATE"}, rows)
 }
 
 func newDeviceLimitsCommand() *cobra.Command {

@@ -173,7 +173,7 @@ func TestDevices_WatchAndLimits(t *testing.T) {
 	} else if log, err := os.ReadFile(logs[0]); err != nil || !strings.Contains(string(log), "msg=limits volume=image:"+image) {
 		t.Errorf("log: %s, %v", log, err)
 	}
-	if out := ok(t, "devices", "--run-dir", runDir); !strings.Contains(out, "IN FLIGHT") || !strings.Contains(out, device.Device) {
+	if out := ok(t, "devices", "--run-dir", runDir); !strings.Contains(out, "IN FLIGHT") || !strings.Contains(out, device.Device) || device.Version == "" || !strings.Contains(out, " "+device.Version+" ") {
 		t.Errorf("devices: %s", out)
 	}
 	if out := ok(t, "devices", "debug", device.Device, "--run-dir", runDir); !strings.Contains(out, "process "+strconv.Itoa(device.PID)) || !strings.Contains(out, "goroutine ") {
