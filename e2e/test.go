@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -55,14 +56,7 @@ func up(ctx context.Context, p paths) error {
 }
 
 func down(ctx context.Context, p paths) error {
-	c, err := cluster.Open(p.kept)
-	if err != nil {
-		if _, statErr := os.Stat(p.kept); errors.Is(statErr, os.ErrNotExist) {
-			return nil // none is up
-		}
-		return err
-	}
-	return c.Down(ctx)
+	return errors.Join(remove(ctx, p.kept), removeLeftovers(ctx, p))
 }
 
 // shell opens one on this machine, or on a machine of the cluster's.
@@ -130,11 +124,11 @@ const (
 	fullTestLimit = 6 * time.Hour
 )
 
-func (t testRun) do(ctx context.Context, p paths) (err error) {
-	dir, err := t.dir(p)
-	if err != nil {
+func (t testRun) do(ctx context.Context, p paths) error {
+	if err := removeLeftovers(ctx, p); err != nil {
 		return err
 	}
+	dir := t.dir(p)
 	c, err := start(ctx, p, dir)
 	if c == nil {
 		return err
@@ -155,11 +149,39 @@ func (t testRun) do(ctx context.Context, p paths) (err error) {
 
 // dir is where the cluster's files are to be: one that may stay up is where the other commands
 // look for it.
-func (t testRun) dir(p paths) (string, error) {
+func (t testRun) dir(p paths) string {
 	if t.keep {
-		return p.kept, nil
+		return p.kept
 	}
-	return os.MkdirTemp("", "imgdisk-e2e-")
+	return filepath.Join(p.cache, fmt.Sprintf("%s%d", testDirPrefix, os.Getpid()))
+}
+
+// testDirPrefix begins the name of a test's cluster; the number of its process follows.
+const testDirPrefix = "test-"
+
+// removeLeftovers takes down clusters of tests that were killed before they could.
+func removeLeftovers(ctx context.Context, p paths) error {
+	dirs, err := filepath.Glob(filepath.Join(p.cache, testDirPrefix+"*"))
+	for _, dir := range dirs {
+		pid, atoiErr := strconv.Atoi(strings.TrimPrefix(filepath.Base(dir), testDirPrefix))
+		if atoiErr != nil || syscall.Kill(pid, 0) == nil {
+			continue
+		}
+		err = errors.Join(err, remove(ctx, dir))
+	}
+	return err
+}
+
+// remove takes down the cluster that is in a directory, if one is.
+func remove(ctx context.Context, dir string) error {
+	c, err := cluster.Open(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return os.RemoveAll(dir) // it has not come to have anything else
+	}
+	if err != nil {
+		return err
+	}
+	return c.Down(ctx)
 }
 
 // tests builds and runs the tests in a cluster.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -41,7 +40,8 @@ var hostPool = netip.MustParsePrefix("198.18.0.0/15")
 // addressesPerCluster are those of a veth pair's network.
 const addressesPerCluster = 4
 
-// makeNetwork makes a namespace with a bridge, and with a tap device for each machine.
+// makeNetwork makes a namespace with a bridge, and with a tap device for each machine. After an
+// error the caller removes what it returns.
 func makeNetwork(ctx context.Context, machines []spec) (network, error) {
 	var random [3]byte
 	if _, err := rand.Read(random[:]); err != nil {
@@ -76,7 +76,7 @@ func makeNetwork(ctx context.Context, machines []spec) (network, error) {
 	for _, c := range commands {
 		fields := strings.Fields(c)
 		if err := command(ctx, fields[0], fields[1:]...); err != nil {
-			return n, errors.Join(err, n.remove(ctx))
+			return n, err
 		}
 	}
 	return n, nil

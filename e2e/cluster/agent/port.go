@@ -34,9 +34,12 @@ func serve(device string) error {
 		return err
 	}
 	defer file.Close()
-	p := &port{file: file}
+	return (&port{file: file}).serve()
+}
+
+func (p *port) serve() error {
 	defer p.stop()
-	lines := bufio.NewReaderSize(file, 2*wire.ChunkBytes)
+	lines := bufio.NewReaderSize(p.file, 2*wire.ChunkBytes)
 	var line []byte
 	for {
 		part, err := lines.ReadBytes('\n')
