@@ -46,6 +46,7 @@ const (
 
 func main() {
 	var c config
+	flag.String("name", "", "tells one writer on a machine from another; not looked at")
 	flag.StringVar(&c.path, "path", "", "block device, or file, which is made if it does not exist")
 	flag.Uint64Var(&c.blocks, "blocks", 4096, "blocks of 4 KiB to write to, from the beginning; a power of two")
 	flag.Uint64Var(&c.run, "run", 1, "number of this run; each run on the same volume has a greater one")

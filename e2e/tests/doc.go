@@ -1,0 +1,16 @@
+// Package tests are the tests of the driver in a real cluster, each as a user would do it.
+// The environment variable IMGDISK_E2E names the directory of a cluster that is up and has
+// the chart installed (package install); without it all tests are skipped.
+//
+//	TestUse        what users do, many at once: formats, snapshots, imports, bad input
+//	TestMany       60 volumes at once
+//	TestProcesses  servers, node plugins and controllers killed and replaced under load
+//	TestNodes      nodes without power or network, a restarted NFS server
+//
+// Writers in pods (e2e/writer) check what they wrote; they are watched through the machines'
+// own channel, which works when the network does not. Tables of pauses and times are
+// printed, and written to tables/ in the cluster's directory, or to IMGDISK_E2E_TABLES.
+//
+// A test that fails prints the events of its namespace and the states of its objects. What
+// a test made is removed at its end, and nothing of it may be left in the store.
+package tests

@@ -1,0 +1,144 @@
+package tests
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/csi-imgdisk/csi-imgdisk/e2e/cluster"
+)
+
+// snapshotUnderLoad: volumes that are being written to are snapshotted, cloned and grown.
+// What was flushed before is in the snapshot and the clone; the writers see nothing.
+func snapshotUnderLoad(e *env) {
+	e.claim(claim{name: "files"})
+	e.claim(claim{name: "disk", block: true})
+	writers := e.write(pod{name: "load", node: cluster.NodeA, files: []string{"files"}, blocks: []string{"disk"},
+		script: "trap 'exit 0' TERM; while :; do stat -f -c 'files %b %S' /files; echo disk $(blockdev --getsize64 /dev/disk); sleep 2; done"}, 1)
+	dirs := e.bound("files", "disk")
+
+	atSnapshot := flushedOf(writers)
+	e.snapshot("snap-files", "files", "")
+	e.snapshot("snap-disk", "disk", "")
+	e.ready("snap-files", "snap-disk")
+	atClone := flushedOf(writers)
+	e.claim(claim{name: "clone-files", clone: "files"})
+	e.claim(claim{name: "clone-disk", block: true, clone: "disk"})
+	e.claim(claim{name: "restored-files", snapshot: "snap-files"})
+	e.claim(claim{name: "restored-disk", block: true, snapshot: "snap-disk"})
+	e.expand("files", "160Mi")
+	e.expand("disk", "160Mi")
+	dirs = append(dirs, e.bound("clone-files", "clone-disk", "restored-files", "restored-disk")...)
+	e.says("load", "disk 167772160")
+	e.grown("load", 140<<20)
+
+	for _, w := range writers {
+		w.mark()
+		w.advances()
+	}
+	e.verify(pod{name: "look-restored", node: cluster.NodeB, files: []string{"restored-files"}, blocks: []string{"restored-disk"}}, 50, atSnapshot...)
+	e.verify(pod{name: "look-cloned", node: cluster.NodeB, files: []string{"clone-files"}, blocks: []string{"clone-disk"}}, 50, atClone...)
+	atEnd := e.stop(writers)
+
+	// Volumes before their clones and snapshots; what stands on them is whole.
+	e.verify(pod{name: "look-grown", node: cluster.NodeB, files: []string{"files"}, blocks: []string{"disk"}}, 50, atEnd...)
+	e.check(dirs...)
+	e.deleteClaim("files")
+	e.deleteClaim("disk")
+	e.gone("files", "disk")
+	e.verify(pod{name: "look-orphan", node: cluster.NodeA, files: []string{"clone-files"}, blocks: []string{"clone-disk"}}, 51, atClone...)
+	e.deleteSnapshot("snap-files")
+	e.deleteSnapshot("snap-disk")
+	e.gone("snap-files", "snap-disk")
+	e.verify(pod{name: "look-last", node: cluster.NodeA, files: []string{"restored-files"}, blocks: []string{"restored-disk"}}, 51, atSnapshot...)
+}
+
+func flushedOf(writers []*writer) (flushed []int) {
+	for _, w := range writers {
+		flushed = append(flushed, w.flushed())
+	}
+	return flushed
+}
+
+// grow asks for a larger claim.
+func (e *env) grow(name, size string) {
+	e.Helper()
+	patch := fmt.Sprintf(`{"spec":{"resources":{"requests":{"storage":%q}}}}`, size)
+	_, err := world.client.CoreV1().PersistentVolumeClaims(e.ns).Patch(e.Context(), name, types.MergePatchType, []byte(patch), metav1.PatchOptions{})
+	e.ok(err)
+}
+
+// expand asks for a larger claim, and waits until it is.
+func (e *env) expand(name, size string) {
+	e.Helper()
+	e.grow(name, size)
+	e.eventually(longer, "claim "+name+" has "+size, func(ctx context.Context) (string, error) {
+		pvc, err := world.client.CoreV1().PersistentVolumeClaims(e.ns).Get(ctx, name, metav1.GetOptions{})
+		if err != nil {
+			return "", err
+		}
+		if has := pvc.Status.Capacity.Storage().String(); has != size {
+			return fmt.Sprintf("it has %s, %v", has, pvc.Status.Conditions), nil
+		}
+		return "", nil
+	})
+}
+
+// grown waits until a pod's script says that its file system has this many bytes.
+func (e *env) grown(pod string, atLeast int64) {
+	e.Helper()
+	node, logs := e.where(pod)
+	e.eventually(soon, "the file system grows", func(ctx context.Context) (string, error) {
+		out, err := world.cluster.Machine(node).Run(ctx, "grep files "+logs+"/script/0.log | tail -n 1")
+		if err != nil {
+			return "", err
+		}
+		var blocks, size int64
+		_, last, _ := strings.Cut(out, "files ")
+		if _, err := fmt.Sscanf(last, "%d %d", &blocks, &size); err != nil || blocks*size < atLeast {
+			return "it is " + out, nil
+		}
+		return "", nil
+	})
+}
+
+// deleteInEveryOrder: a volume, a snapshot of it, a volume restored from that and a clone
+// are deleted one after another in all 24 orders, all at once, and nothing stays behind.
+func deleteInEveryOrder(e *env) {
+	kinds := []string{"volume", "snapshot", "restored", "clone"}
+	all := orders(kinds...)
+	name := func(i int, kind string) string { return fmt.Sprintf("%s-%d", kind, i) }
+	each := func(kind string, do func(i int)) {
+		for i := range all {
+			do(i)
+		}
+		for i := range all {
+			if kind == "snapshot" {
+				e.ready(name(i, kind))
+			} else {
+				e.bound(name(i, kind))
+			}
+		}
+	}
+	each("volume", func(i int) { e.claim(claim{name: name(i, "volume"), size: "16Mi"}) })
+	each("snapshot", func(i int) { e.snapshot(name(i, "snapshot"), name(i, "volume"), "") })
+	each("restored", func(i int) {
+		e.claim(claim{name: name(i, "restored"), size: "16Mi", snapshot: name(i, "snapshot")})
+	})
+	each("clone", func(i int) { e.claim(claim{name: name(i, "clone"), size: "16Mi", clone: name(i, "volume")}) })
+	for step := range kinds {
+		var deleted []string
+		for i, order := range all {
+			if order[step] == "snapshot" {
+				e.deleteSnapshot(name(i, order[step]))
+			} else {
+				e.deleteClaim(name(i, order[step]))
+			}
+			deleted = append(deleted, name(i, order[step]))
+		}
+		e.gone(deleted...)
+	}
+}

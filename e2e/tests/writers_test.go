@@ -1,0 +1,156 @@
+package tests
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// writer is one that runs in a pod.
+type writer struct {
+	e               *env
+	pod, node, log  string
+	lastLine, moved int // lines and position at the last mark
+}
+
+// write starts a pod with a writer for each of its claims, and returns when all have begun.
+// flushed is what a former run said, for each.
+func (e *env) write(p pod, run int, flushed ...int) []*writer {
+	e.Helper()
+	var paths []string
+	for _, name := range p.files {
+		paths = append(paths, "/"+name+"/written")
+	}
+	for _, name := range p.blocks {
+		paths = append(paths, "/dev/"+name)
+	}
+	for i, path := range paths {
+		args := []string{"-path=" + path, "-blocks=2048", fmt.Sprint("-run=", run)}
+		if flushed != nil {
+			args = append(args, fmt.Sprint("-flushed=", flushed[i]))
+		}
+		p.writers = append(p.writers, args)
+	}
+	e.pod(p)
+	e.running(p.name)
+	node, logs := e.where(p.name)
+	var ws []*writer
+	for i := range paths {
+		ws = append(ws, &writer{e: e, pod: p.name, node: node, log: fmt.Sprintf("%s/writer-%d/0.log", logs, i)})
+	}
+	for _, w := range ws {
+		w.advances()
+	}
+	return ws
+}
+
+// line is what a writer printed when it had flushed.
+type line struct {
+	flushed int
+	at      time.Time
+	longest time.Duration
+}
+
+var flushedLine = regexp.MustCompile(`flushed (\d+) at (\d+) longest (\d+)`)
+
+// lines reads a writer's log on its node, whether the cluster reaches that or not.
+func (w *writer) lines() (lines []line, text string) {
+	w.e.Helper()
+	text = w.e.on(w.node, "cat "+w.log+" 2>/dev/null || true")
+	for _, m := range flushedLine.FindAllStringSubmatch(text, -1) {
+		var n [3]int
+		for i := range n {
+			n[i], _ = strconv.Atoi(m[i+1])
+		}
+		lines = append(lines, line{n[0], time.UnixMilli(int64(n[1])), time.Duration(n[2]) * time.Millisecond})
+	}
+	return lines, text
+}
+
+// flushed returns up to where the writer knows that everything is flushed.
+func (w *writer) flushed() int {
+	w.e.Helper()
+	lines, _ := w.lines()
+	if len(lines) == 0 {
+		return 0
+	}
+	return lines[len(lines)-1].flushed
+}
+
+// mark notes where the writer is, for advances and pause.
+func (w *writer) mark() {
+	w.e.Helper()
+	lines, _ := w.lines()
+	w.lastLine = len(lines)
+	if w.lastLine > 0 {
+		w.moved = lines[w.lastLine-1].flushed
+	}
+}
+
+// advances waits until the writer has flushed some that it wrote after the mark.
+func (w *writer) advances() {
+	w.e.Helper()
+	w.e.eventually(longer, "writer in pod "+w.pod+" goes on", func(context.Context) (string, error) {
+		lines, text := w.lines()
+		if i := strings.Index(text, "failed:"); i >= 0 {
+			w.e.Fatalf("writer in pod %s: %s", w.pod, text[i:])
+		}
+		if i := strings.Index(text, "wrong:"); i >= 0 {
+			w.e.Fatalf("writer in pod %s: %s", w.pod, text[i:])
+		}
+		if len(lines) < w.lastLine+2 || lines[len(lines)-1].flushed < w.moved+64 {
+			return fmt.Sprintf("flushed %d, %d at the mark", w.flushed(), w.moved), nil
+		}
+		return "", nil
+	})
+}
+
+// pause returns the longest that one request took since the mark.
+func (w *writer) pause() (longest time.Duration) {
+	w.e.Helper()
+	lines, _ := w.lines()
+	for _, l := range lines[min(w.lastLine, len(lines)):] {
+		longest = max(longest, l.longest)
+	}
+	return longest
+}
+
+// stop tells the writers of a pod to end, waits until they have read everything and found
+// it right, and removes the pod. It returns how far each has flushed.
+func (e *env) stop(ws []*writer) (flushed []int) {
+	e.Helper()
+	e.on(ws[0].node, signal("TERM", e.tag(ws[0].pod)))
+	result := e.result(ws[0].pod)
+	for _, w := range ws {
+		_, text := w.lines()
+		if !strings.Contains(text, "right:") {
+			e.Errorf("writer in pod %s did not say that all is right: %s %s", w.pod, result, text)
+		}
+		flushed = append(flushed, w.flushed())
+	}
+	e.deletePods(ws[0].pod)
+	return flushed
+}
+
+// verify reads what writers have written, in a pod of its own.
+func (e *env) verify(p pod, run int, flushed ...int) {
+	e.Helper()
+	for i, name := range append(p.files, p.blocks...) {
+		path := "/dev/" + name
+		if i < len(p.files) {
+			path = "/" + name + "/written"
+		}
+		p.writers = append(p.writers, []string{"-verify", "-path=" + path, "-blocks=2048",
+			fmt.Sprint("-run=", run), fmt.Sprint("-flushed=", flushed[i])})
+	}
+	e.do(p)
+}
+
+// signal is a command that sends a signal to all processes that have an argument.
+func signal(name, argument string) string {
+	return fmt.Sprintf(`for p in $(grep -lzx -e '%s' /proc/[0-9]*/cmdline 2>/dev/null); do p=${p#/proc/}; kill -%s ${p%%/cmdline} 2>/dev/null || true; done`,
+		argument, name)
+}
