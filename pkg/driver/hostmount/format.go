@@ -103,6 +103,11 @@ func eraseUnfinished(device string) (err error) {
 	return nil
 }
 
+// unclean is what mount says when a file system needs its journal replayed on a device that
+// cannot be written to. Leaving the journal out would show files as they were before the
+// last syncs.
+const unclean = "cannot mount"
+
 // FormatAndMount implements driver.Mounter.
 func (h *Host) FormatAndMount(device, path, fsType string, options []string) error {
 	if !slices.Contains(options, "ro") {
@@ -116,6 +121,9 @@ func (h *Host) FormatAndMount(device, path, fsType string, options []string) err
 	if err := h.mounter.FormatAndMount(device, path, fsType, options); err != nil {
 		if fsType == "btrfs" && strings.Contains(err.Error(), "File exists") {
 			err = fmt.Errorf("a clone or its origin is mounted on this node, and only Linux 6.7 and later can mount both: %w", err)
+		}
+		if slices.Contains(options, "ro") && strings.Contains(err.Error(), unclean) {
+			err = fmt.Errorf("it was mounted when it was snapshotted or copied, and its journal has to be written back before it can be used read-only: use the volume writable once, or take the snapshot while no pod uses its volume: %w", err)
 		}
 		return fmt.Errorf("mount %s of %s: %w", fsType, device, oneLine(err))
 	}

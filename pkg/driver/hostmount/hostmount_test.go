@@ -28,11 +28,17 @@ func must(t *testing.T, what string, err error) {
 func loopDevice(t *testing.T, sizeBytes int64) string {
 	t.Helper()
 	testenv.Root(t)
-	losetup := testenv.Oracle(t, "losetup")
 	file := filepath.Join(t.TempDir(), "disk")
 	must(t, "make", os.WriteFile(file, nil, 0o600))
 	must(t, "truncate", os.Truncate(file, sizeBytes))
-	out, err := exec.Command(losetup, "--find", "--show", file).CombinedOutput()
+	return attachLoop(t, file)
+}
+
+// attachLoop returns a block device of a file that is gone after the test.
+func attachLoop(t *testing.T, file string, options ...string) string {
+	t.Helper()
+	losetup := testenv.Oracle(t, "losetup")
+	out, err := exec.Command(losetup, append(options, "--find", "--show", file)...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("losetup: %v: %s", err, out)
 	}
@@ -139,6 +145,32 @@ func testBinds(t *testing.T, h *Host, device, path, fsType string) {
 	}
 	for _, each := range []string{writable, readOnly, remounted} {
 		must(t, "Unmount", h.Unmount(each))
+	}
+}
+
+// A copy of a mounted file system needs its journal replayed, which takes writing: who asks
+// for it read-only is told what to do.
+func TestHost_UncleanReadOnly(t *testing.T) {
+	for _, fsType := range []string{"ext4", "xfs"} {
+		t.Run(fsType, func(t *testing.T) {
+			testenv.Oracle(t, "mkfs."+fsType)
+			device, h := loopDevice(t, 300*mib), New()
+			path := mountPoint(t, "used")
+			must(t, "FormatAndMount", h.FormatAndMount(device, path, fsType, nil))
+			must(t, "write", os.WriteFile(filepath.Join(path, "file"), []byte("data"), 0o600))
+			unix.Sync()
+			copied := filepath.Join(t.TempDir(), "copy")
+			out, err := exec.Command("dd", "if="+device, "of="+copied, "bs=1M", "conv=sparse").CombinedOutput()
+			if err != nil {
+				t.Fatalf("dd: %v: %s", err, out)
+			}
+			must(t, "Unmount", h.Unmount(path))
+			readOnly := attachLoop(t, copied, "--read-only")
+			err = h.FormatAndMount(readOnly, mountPoint(t, "copy"), fsType, []string{"ro"})
+			if err == nil || !strings.Contains(err.Error(), "was mounted when it was snapshotted or copied") {
+				t.Errorf("an unclean file system read-only: %v", err)
+			}
+		})
 	}
 }
 
