@@ -141,6 +141,26 @@ func (t *Tables) Prepare(file int, off, n int64) error {
 	return nil
 }
 
+// WriteNew writes table bytes to the file at once, past the cache and the journal: those of
+// a table that belongs to the space being allocated, to which nothing refers yet. It becomes
+// durable with the data of that space. A table for each few writes would otherwise take a
+// page of memory until the next commit, which would have to come early. It reports false,
+// and has done nothing, if something of the same pages is in the cache: then it is Write
+// that the bytes have to go through. For a Codec's Allocate only.
+func (t *Tables) WriteNew(file int, off int64, p []byte) (bool, error) {
+	for at := off &^ (pageBytes - 1); at < off+int64(len(p)); at += pageBytes {
+		key := pageKey{file, at}
+		if t.held[key] != nil || t.cached(key) != nil {
+			return false, nil
+		}
+	}
+	f := t.files[file]
+	if _, err := f.WriteAt(p, off); err != nil {
+		return false, fmt.Errorf("write a new table of %d bytes at %#x of %s: %w", len(p), off, f.Name(), err)
+	}
+	return true, nil
+}
+
 // letGo ends a change: prepared pages may be evicted again.
 func (t *Tables) letGo() { clear(t.held) }
 

@@ -13,6 +13,7 @@ type part struct {
 	first, end int64 // sectors of the block
 	slot       int64 // where the block is, or is to be; 0: nowhere
 	isNew      bool  // the table does not name the slot yet
+	filled     bool  // its bitmap says already that all sectors are present
 }
 
 // Set makes sectors present, or absent. Whole blocks of which nothing is left go.
@@ -63,8 +64,9 @@ func (m *image) prepare(p *part) error {
 		}
 		p.slot = slot
 	} else if loan := m.room.loans[p.block]; loan != nil {
-		p.slot, p.isNew = loan.slot, true
-	} else {
+		p.slot, p.isNew, p.filled = loan.slot, true, loan.filled
+	}
+	if p.slot == 0 || p.filled {
 		return nil
 	}
 	return tables.Prepare(0, p.slot, m.bitmapBytes)
@@ -74,15 +76,10 @@ func (m *image) prepare(p *part) error {
 // written as a whole: in a differencing image only what the part holds is present, in
 // others everything, as readers expect that take no notice of bitmaps.
 func (m *image) makePresent(p part) error {
-	bitmap, err := m.bitmapOf(p)
-	if err != nil {
-		return err
-	}
-	for s := p.first; s < p.end; s++ {
-		bitmap[s/8] |= 0x80 >> (s % 8)
-	}
-	if err := m.layer.Tables.Write(stageBitmaps, 0, p.slot, bitmap); err != nil {
-		return err
+	if !p.filled {
+		if err := m.setBits(p); err != nil {
+			return err
+		}
 	}
 	if p.isNew {
 		entry := binary.BigEndian.AppendUint32(nil, uint32(p.slot/sectorBytes))
@@ -92,6 +89,18 @@ func (m *image) makePresent(p part) error {
 	}
 	m.room.settle(p.block)
 	return nil
+}
+
+// setBits notes in its block's bitmap that a part is present.
+func (m *image) setBits(p part) error {
+	bitmap, err := m.bitmapOf(p)
+	if err != nil {
+		return err
+	}
+	for s := p.first; s < p.end; s++ {
+		bitmap[s/8] |= 0x80 >> (s % 8)
+	}
+	return m.layer.Tables.Write(stageBitmaps, 0, p.slot, bitmap)
 }
 
 // bitmapOf returns the present bitmap of a part's block.

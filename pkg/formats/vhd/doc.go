@@ -63,7 +63,8 @@
 //
 // The engine has data durable before a commit writes tables. A commit writes bitmaps and
 // syncs before it writes entries, so each entry on disk names a block with its bitmap and
-// contents. Space that a change frees is used again only after the change is durable.
+// contents. Bitmaps of blocks behind all others are written with the data, before any entry
+// names them. Space that a change frees is used again only after the change is durable.
 //
 // Blocks go behind all others, where the footer is. The file is made longer ahead of its
 // use, with a new footer at its new end; the old one stays where it is, and blocks avoid

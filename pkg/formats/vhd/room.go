@@ -40,6 +40,7 @@ type loan struct {
 	slot   int64
 	parts  int
 	isNew  bool // no entry named the slot when it was lent
+	filled bool // its bitmap is in the file, and says that all sectors are present
 	zeroed bool
 }
 
@@ -209,7 +210,23 @@ func (m *image) lend(number int64) (*loan, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &loan{slot: slot, zeroed: slot >= m.room.clean, isNew: true}, nil
+	filled, err := m.fillNew(slot)
+	if err != nil {
+		m.room.release(slot, false)
+		return nil, err
+	}
+	return &loan{slot: slot, zeroed: slot >= m.room.clean, isNew: true, filled: filled}, nil
+}
+
+// fillNew writes the bitmap of a slot behind everything else, if it is known that all
+// sectors are going to be present.
+func (m *image) fillNew(slot int64) (bool, error) {
+	if m.differencing() {
+		return false, nil
+	}
+	bitmap := make([]byte, m.bitmapBytes)
+	m.fillBitmap(bitmap)
+	return m.layer.Tables.WriteNew(0, slot, bitmap)
 }
 
 // append reserves n bytes behind everything else, aligned by align.
