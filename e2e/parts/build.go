@@ -86,7 +86,7 @@ func newBuilder(ctx context.Context, cacheDir string) (*builder, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := openCache(ctx, cacheDir, os.Stderr)
+	c, err := openCache(ctx, filepath.Join(cacheDir, "parts"), os.Stderr)
 	if err != nil {
 		return nil, err
 	}

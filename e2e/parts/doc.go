@@ -10,7 +10,7 @@
 //
 // # What is kept
 //
-// Every part is kept below the cache directory under a name that has a digest of all that it
+// Every part is kept in directory parts of the cache directory, under a name that has a digest of all that it
 // is made of: versions, checksums of modules, sources, the recipe. So a part is made again when
 // one of those has changed and never otherwise, and a call that finds all of them takes a second
 // or two. Parts that were not asked for during a week are removed.
