@@ -146,6 +146,7 @@ func helm(ctx context.Context, c *cluster.Cluster, args ...string) error {
 	args = append([]string{
 		"run", "./release", "-kubeconfig", c.Kubeconfig(), "-namespace", Namespace,
 		"-values", valuesFile(c), "-chart", filepath.Join(root, "charts", "csi-imgdisk"),
+		"-timeout", "10m", // emulated machines are slow
 	}, args...)
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = filepath.Join(root, "tools", "helm")

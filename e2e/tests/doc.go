@@ -9,7 +9,7 @@
 //
 // Writers in pods (e2e/writer) check what they wrote; they are watched through the machines'
 // own channel, which works when the network does not. Tables of pauses and times are
-// printed, and written to tables/ in the cluster's directory, or to IMGDISK_E2E_TABLES.
+// printed, and written to IMGDISK_E2E_TABLES, or to tables/ beside the cluster's directory.
 //
 // A test that fails prints the events of its namespace and the states of its objects. What
 // a test made is removed at its end, and nothing of it may be left in the store.

@@ -119,7 +119,7 @@ func (e *env) eventually(limit time.Duration, what string, check func(ctx contex
 
 func poll(ctx context.Context, limit time.Duration, check func(ctx context.Context) (missing string, err error)) error {
 	end := time.Now().Add(limit)
-	for {
+	for pause := 250 * time.Millisecond; ; pause = min(pause*5/4, 3*time.Second) {
 		missing, err := check(ctx)
 		if err == nil && missing == "" {
 			return nil
@@ -133,7 +133,7 @@ func poll(ctx context.Context, limit time.Duration, check func(ctx context.Conte
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("%s: %w", missing, ctx.Err())
-		case <-time.After(500 * time.Millisecond):
+		case <-time.After(pause):
 		}
 	}
 }

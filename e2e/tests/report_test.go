@@ -101,7 +101,7 @@ func (t *table) print(e *env) {
 	}
 	e.ok(w.Flush())
 	e.Logf("%s\n%s", t.name, b.String())
-	dir := or(os.Getenv("IMGDISK_E2E_TABLES"), filepath.Join(os.Getenv("IMGDISK_E2E"), "tables"))
+	dir := or(os.Getenv("IMGDISK_E2E_TABLES"), filepath.Join(filepath.Dir(os.Getenv("IMGDISK_E2E")), "tables"))
 	e.ok(os.MkdirAll(dir, 0o755))
 	e.ok(os.WriteFile(filepath.Join(dir, t.name+".txt"), []byte(b.String()), 0o644))
 }

@@ -11,9 +11,9 @@ import (
 
 // writer is one that runs in a pod.
 type writer struct {
-	e               *env
-	pod, node, log  string
-	lastLine, moved int // lines and position at the last mark
+	e              *env
+	pod, node, log string
+	last           line // at the last mark
 }
 
 // write starts a pod with a writer for each of its claims, and returns when all have begun.
@@ -56,10 +56,13 @@ type line struct {
 
 var flushedLine = regexp.MustCompile(`flushed (\d+) at (\d+) longest (\d+)`)
 
-// lines reads a writer's log on its node, whether the cluster reaches that or not.
-func (w *writer) lines() (lines []line, text string) {
+// allLines is more lines than a log has.
+const allLines = 1000000
+
+// lines reads the end of a writer's log on its node, whether the cluster reaches that or not.
+func (w *writer) lines(end int) (lines []line, text string) {
 	w.e.Helper()
-	text = w.e.on(w.node, "cat "+w.log+" 2>/dev/null || true")
+	text = w.e.on(w.node, fmt.Sprintf("tail -n %d %s 2>/dev/null || true", end, w.log))
 	for _, m := range flushedLine.FindAllStringSubmatch(text, -1) {
 		var n [3]int
 		for i := range n {
@@ -73,36 +76,35 @@ func (w *writer) lines() (lines []line, text string) {
 // flushed returns up to where the writer knows that everything is flushed.
 func (w *writer) flushed() int {
 	w.e.Helper()
-	lines, _ := w.lines()
-	if len(lines) == 0 {
-		return 0
+	return w.latest().flushed
+}
+
+func (w *writer) latest() (last line) {
+	w.e.Helper()
+	if lines, _ := w.lines(10); len(lines) > 0 {
+		last = lines[len(lines)-1]
 	}
-	return lines[len(lines)-1].flushed
+	return last
 }
 
 // mark notes where the writer is, for advances and pause.
 func (w *writer) mark() {
 	w.e.Helper()
-	lines, _ := w.lines()
-	w.lastLine = len(lines)
-	if w.lastLine > 0 {
-		w.moved = lines[w.lastLine-1].flushed
-	}
+	w.last = w.latest()
 }
 
 // advances waits until the writer has flushed some that it wrote after the mark.
 func (w *writer) advances() {
 	w.e.Helper()
 	w.e.eventually(longer, "writer in pod "+w.pod+" goes on", func(context.Context) (string, error) {
-		lines, text := w.lines()
-		if i := strings.Index(text, "failed:"); i >= 0 {
-			w.e.Fatalf("writer in pod %s: %s", w.pod, text[i:])
+		lines, text := w.lines(10)
+		for _, bad := range []string{"failed:", "wrong:"} {
+			if i := strings.Index(text, bad); i >= 0 {
+				w.e.Fatalf("writer in pod %s: %s", w.pod, text[i:])
+			}
 		}
-		if i := strings.Index(text, "wrong:"); i >= 0 {
-			w.e.Fatalf("writer in pod %s: %s", w.pod, text[i:])
-		}
-		if len(lines) < w.lastLine+2 || lines[len(lines)-1].flushed < w.moved+64 {
-			return fmt.Sprintf("flushed %d, %d at the mark", w.flushed(), w.moved), nil
+		if len(lines) == 0 || lines[len(lines)-1].flushed < w.last.flushed+64 {
+			return fmt.Sprintf("it has flushed %d at the mark, and says now: %s", w.last.flushed, text), nil
 		}
 		return "", nil
 	})
@@ -111,9 +113,11 @@ func (w *writer) advances() {
 // pause returns the longest that one request took since the mark.
 func (w *writer) pause() (longest time.Duration) {
 	w.e.Helper()
-	lines, _ := w.lines()
-	for _, l := range lines[min(w.lastLine, len(lines)):] {
-		longest = max(longest, l.longest)
+	lines, _ := w.lines(allLines)
+	for _, l := range lines {
+		if l.at.After(w.last.at) {
+			longest = max(longest, l.longest)
+		}
 	}
 	return longest
 }
@@ -125,7 +129,7 @@ func (e *env) stop(ws []*writer) (flushed []int) {
 	e.on(ws[0].node, signal("TERM", e.tag(ws[0].pod)))
 	result := e.result(ws[0].pod)
 	for _, w := range ws {
-		_, text := w.lines()
+		_, text := w.lines(10)
 		if !strings.Contains(text, "right:") {
 			e.Errorf("writer in pod %s did not say that all is right: %s %s", w.pod, result, text)
 		}

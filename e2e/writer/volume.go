@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"os"
+	"path/filepath"
 	"time"
 	"unsafe"
 
@@ -130,8 +131,11 @@ func (w *volume) makeRoom() error {
 	if err := w.file.Truncate(int64(w.blocks) * blockBytes); err != nil {
 		return err
 	}
-	unix.Sync() // the directory's entry, too
-	return w.file.Sync()
+	dir, err := os.Open(filepath.Dir(w.path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(w.file.Sync(), dir.Sync(), dir.Close())
 }
 
 // place returns the block that a sequence number goes to: an odd factor makes it a

@@ -104,7 +104,7 @@ func (f failure) test(e *env, outcomes *table) {
 		w.mark()
 		w.advances()
 	}
-	e.stop(fresh) // everything is what the new writers wrote
+	flushed = e.stop(fresh) // everything is what the new writers wrote
 	e.check(dirs...)
 	outcomes.add(f.name, detached, moved, fate, "none", "none")
 
@@ -121,13 +121,16 @@ func (f failure) fenced(e *env, old, fresh []*writer) string {
 	e.Helper()
 	fate := "its requests wait"
 	for i := range old {
-		_, text := fresh[i].lines()
+		_, text := fresh[i].lines(allLines)
 		m := found.FindStringSubmatch(text)
 		if m == nil {
 			e.Fatalf("the new writer did not say what it found: %s", text)
 		}
 		upTo, _ := strconv.Atoi(m[1])
-		lines, text := old[i].lines()
+		lines, text := old[i].lines(10)
+		if len(lines) == 0 {
+			e.Fatalf("the old writer's log has only: %s", text)
+		}
 		if last := lines[len(lines)-1].flushed; last > upTo {
 			e.Errorf("the old writer flushed up to %d, the new one found up to %d", last, upTo)
 		}
