@@ -200,7 +200,7 @@ func prepareClusterDisk(ctx context.Context, cache string, b base, p *parts.Part
 
 // clusterDiskKey is a digest of what the disk is made of.
 func clusterDiskKey(b base, p *parts.Parts, agent string) (string, error) {
-	texts := []string{"1", filepath.Base(filepath.Dir(b.Root)), clusterSize, importScript}
+	texts := []string{"1", filepath.Base(filepath.Dir(b.Root)), clusterSize}
 	err := fs.WalkDir(guest, "guest", func(path string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() {
 			return err
@@ -227,39 +227,6 @@ func buildAgent(ctx context.Context, file string) error {
 	return command(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", file, "github.com/csi-imgdisk/csi-imgdisk/e2e/cluster/agent")
 }
 
-// importScript imports images into a containerd that runs in the machines' root file system on
-// this machine, which is faster than an emulated one. In a process namespace of its own,
-// it leaves nothing behind. Its arguments: the tree, the directory for the disk.
-const importScript = `set -e
-tree=$1 disk=$2
-mount --bind "$disk" "$tree/cluster"
-mount -t tmpfs tmpfs "$tree/run"
-mount -t tmpfs tmpfs "$tree/tmp"
-mount --rbind /dev "$tree/dev"
-mount -t proc proc "$tree/proc"
-cat >"$tree/run/import.toml" <<'EOF'
-version = 2
-root = "/cluster/containerd"
-state = "/run/containerd"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
-[grpc]
-  address = "/run/import.sock"
-EOF
-chroot "$tree" containerd --config /run/import.toml >"$tree/run/log" 2>&1 &
-tries=0
-until chroot "$tree" ctr -a /run/import.sock version >/dev/null 2>&1; do
-	tries=$((tries + 1))
-	[ $tries -lt 300 ] || { cat "$tree/run/log" >&2; exit 1; }
-	sleep 0.2
-done
-for archive in "$tree"/cluster/images/*; do
-	chroot "$tree" ctr -a /run/import.sock -n k8s.io images import "/cluster/images/${archive##*/}" ||
-		{ echo "import of $(readlink "$archive"):" >&2; cat "$tree/run/log" >&2; exit 1; }
-done
-kill $!
-wait $! || true
-`
-
 // makeClusterDisk makes the disk's file in a directory.
 func makeClusterDisk(ctx context.Context, dir string, b base, p *parts.Parts, agent string) error {
 	tree := filepath.Join(dir, "disk")
@@ -285,8 +252,7 @@ func makeClusterDisk(ctx context.Context, dir string, b base, p *parts.Parts, ag
 	if err != nil {
 		return err
 	}
-	if err := command(ctx, "unshare", "--mount", "--propagation", "private", "--pid", "--kill-child", "--fork",
-		"/bin/sh", "-c", importScript, "import", b.Tree, tree); err != nil {
+	if err := importImages(ctx, dir, b.Tree, tree); err != nil {
 		return err
 	}
 	if err := os.RemoveAll(filepath.Join(tree, "images")); err != nil {
@@ -296,6 +262,20 @@ func makeClusterDisk(ctx context.Context, dir string, b base, p *parts.Parts, ag
 		return err
 	}
 	return os.RemoveAll(tree)
+}
+
+// importImages makes a containerd's directory with images in the tree of a disk.
+func importImages(ctx context.Context, dir, root, tree string) error {
+	text, err := guest.ReadFile("guest/import.sh")
+	if err != nil {
+		return err
+	}
+	script := filepath.Join(dir, "import.sh")
+	if err := os.WriteFile(script, text, 0o600); err != nil {
+		return err
+	}
+	return command(ctx, "unshare", "--mount", "--propagation", "private", "--pid", "--kill-child", "--fork",
+		"/bin/sh", script, root, tree)
 }
 
 func copyFile(to, from string) error {
