@@ -23,8 +23,6 @@ type goPrograms struct {
 	// sources are directories, from the repository's root, that the packages are made of,
 	// besides what the module's go.sum pins.
 	sources []string
-	// tags are build tags.
-	tags string
 }
 
 // The programs of other projects, each list built with the versions of libraries that its
@@ -70,19 +68,21 @@ var (
 
 // build returns a directory with the programs.
 func (g goPrograms) build(ctx context.Context, b *builder) (string, error) {
+	return b.cache.get(ctx, g.name, g.key(b), func(ctx context.Context, dir string) error {
+		args := append([]string{"build", "-trimpath", "-o", dir + "/"}, g.flags()...)
+		return run(ctx, filepath.Join(b.root, g.dir), "go", append(args, g.packages...)...)
+	})
+}
+
+// key is of all that the programs are made of.
+func (g goPrograms) key(b *builder) *key {
 	module := filepath.Join(b.root, g.dir)
-	k := newKey().text(runtime.Version(), runtime.GOARCH, g.tags).text(g.packages...).text(g.flags()...).
+	k := newKey().text(runtime.Version(), runtime.GOARCH).text(g.packages...).text(g.flags()...).
 		files(filepath.Join(module, "go.mod"), filepath.Join(module, "go.sum"))
 	for _, dir := range g.sources {
 		k.sources(filepath.Join(b.root, dir))
 	}
-	return b.cache.get(ctx, g.name, k, func(ctx context.Context, dir string) error {
-		args := append([]string{"build", "-trimpath", "-o", dir + "/"}, g.flags()...)
-		if g.tags != "" {
-			args = append(args, "-tags="+g.tags)
-		}
-		return run(ctx, module, "go", append(args, g.packages...)...)
-	})
+	return k
 }
 
 // flags are for the linker: without tables for debuggers, which are half of a program.
