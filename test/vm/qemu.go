@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -23,19 +24,35 @@ const (
 // maxLineBytes bounds a line of what a machine says.
 const maxLineBytes = 16 << 20
 
-// errNotBegun says that a machine ended before it ran anything of ours: the emulator's
-// threads now and then trip over a kernel that changes its own code while it starts.
-var errNotBegun = errors.New("the machine ended while it started")
+// errEmulator says that a machine is to be started again: it ended before it ran anything
+// of ours, or by what is the emulator's doing. Its threads now and then trip over a kernel
+// that changes its own code, mostly while it starts.
+var errEmulator = errors.New("the emulator failed")
+
+// emulatorFault is what a kernel says when it has run an instruction that it had put there
+// for a moment, and taken away again.
+var emulatorFault = regexp.MustCompile(`Oops: int3|\bint3: 0000 \[`)
+
+// bootOptions are the kernel's: any fault ends the machine, and a timer that comes late,
+// because this machine is busy, is a timer all the same.
+const bootOptions = "console=ttyS0 panic=-1 oops=panic no_timer_check quiet"
+
+// bootPatience is how long a machine may take to run something of ours.
+const bootPatience = 6 * time.Minute
 
 // boot runs a machine to its end, and shows and notes what it says. It returns nil if what
-// it ran ended well.
-func boot(ctx context.Context, k vmkernel.Kernel, files bootFiles, m machine, told *digest) error {
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
-		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(m.memoryMiB),
+// it ran ended well. Each of its processors is emulated by a thread of its own, with threads
+// "multi", or all by one, with "single".
+func boot(ctx context.Context, k vmkernel.Kernel, files bootFiles, m machine, threads string, told *digest) error {
+	running, end := context.WithCancel(ctx)
+	defer end()
+	starting := time.AfterFunc(bootPatience, end)
+	cmd := exec.CommandContext(running, "qemu-system-x86_64",
+		"-accel", "tcg,thread="+threads, "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(m.memoryMiB),
 		"-display", "none", "-no-reboot", "-nodefaults", "-serial", "stdio",
 		"-snapshot", "-drive", "file="+files.disk+",if=virtio,format=raw,cache=unsafe",
 		"-kernel", k.Image, "-initrd", files.initramfs,
-		"-append", "console=ttyS0 panic=-1 quiet imgdisk.machine="+m.name+" imgdisk.arguments="+strings.Join(m.commandLine(), ","))
+		"-append", bootOptions+" imgdisk.machine="+m.name+" imgdisk.arguments="+strings.Join(m.commandLine(), ","))
 	cmd.Stderr = os.Stderr
 	cmd.WaitDelay = 10 * time.Second
 	out, err := cmd.StdoutPipe()
@@ -45,7 +62,7 @@ func boot(ctx context.Context, k vmkernel.Kernel, files bootFiles, m machine, to
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	verdict, hasBegun := "", false
+	verdict, hasBegun, faulty := "", false, false
 	lines := bufio.NewScanner(out)
 	lines.Buffer(nil, maxLineBytes)
 	for lines.Scan() {
@@ -56,8 +73,10 @@ func boot(ctx context.Context, k vmkernel.Kernel, files bootFiles, m machine, to
 		}
 		if strings.HasSuffix(line, begun) {
 			hasBegun = true
+			starting.Stop()
 			continue
 		}
+		faulty = faulty || emulatorFault.MatchString(line)
 		told.add(line)
 		fmt.Printf("[%s %s] %s\n", k.Release, m.name, line)
 	}
@@ -67,8 +86,8 @@ func boot(ctx context.Context, k vmkernel.Kernel, files bootFiles, m machine, to
 		return fmt.Errorf("not done in time: %w", ctx.Err())
 	case verdict == "0":
 		return nil
-	case !hasBegun:
-		return errors.Join(errNotBegun, err)
+	case !hasBegun, faulty:
+		return errors.Join(errEmulator, err)
 	case verdict == "":
 		return errors.Join(errors.New("the machine ended without a verdict"), err)
 	}
