@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"os"
 	"time"
 )
@@ -10,6 +11,7 @@ type machine struct {
 	name      string
 	memoryMiB int
 	programs  []string // that are built and packed; the first is run
+	run       string   // which of its tests, as go test -run has it; "" is all
 	arguments []string // its arguments, without commas and spaces
 }
 
@@ -20,14 +22,18 @@ var testMachines = []machine{
 	{name: "stall", memoryMiB: 1024, programs: []string{"volumes.test", "csi-imgdisk"}},
 	// Less memory than what its tests write into page caches.
 	{name: "memory", memoryMiB: 320, programs: []string{"volumes.test", "csi-imgdisk"}},
+	// Its own tests of what differs where root has all capabilities, and between transports.
+	{name: "supervisor", memoryMiB: 1024, programs: []string{"supervisor.test"},
+		run: "^TestDevice_(FitForMemoryPressure|IdleServer|DetachIsDurable|DetachByForceLeavesNoZombie|AllAndKeeperKilled)$"},
 }
 
 // builds are how go makes the programs.
 var builds = map[string][]string{
-	"guest.test":   {"test", "-c", "./test/vm/guest"},
-	"volumes.test": {"test", "-c", "./test/vm/volumes"},
-	"soak":         {"build", "./test/soak"},
-	"csi-imgdisk":  {"build", "./cmd/csi-imgdisk"},
+	"guest.test":      {"test", "-c", "./test/vm/guest"},
+	"volumes.test":    {"test", "-c", "./test/vm/volumes"},
+	"supervisor.test": {"test", "-c", "./pkg/nbdlocal/supervisor"},
+	"soak":            {"build", "./test/soak"},
+	"csi-imgdisk":     {"build", "./cmd/csi-imgdisk"},
 }
 
 // chosen returns the machines to boot.
@@ -44,8 +50,8 @@ func (c config) chosen() []machine {
 			continue
 		}
 		m.arguments = []string{"-test.v", "-test.timeout=" + (c.limit - 30*time.Second).String()}
-		if c.run != "" {
-			m.arguments = append(m.arguments, "-test.run="+c.run)
+		if run := cmp.Or(c.run, m.run); run != "" {
+			m.arguments = append(m.arguments, "-test.run="+run)
 		}
 		list = append(list, m)
 	}

@@ -24,7 +24,7 @@ import (
 func onDevices(t *testing.T, test func(t *testing.T, h *harness)) {
 	testenv.Root(t)
 	works := 0
-	for _, transport := range []attach.Transport{attach.NewNBD(attach.NBDOptions{}), attach.NewFUSE()} {
+	for _, transport := range []attach.Transport{attach.NewNBD(attach.NBDOptions{}), attach.NewUBLK(), attach.NewFUSE()} {
 		t.Run(transport.Name(), func(t *testing.T) {
 			if err := transport.Probe(t.Context()); err != nil {
 				t.Skipf("the transport does not work here: %v", err)

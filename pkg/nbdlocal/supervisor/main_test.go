@@ -223,6 +223,8 @@ func testConfig(values map[string]string, log io.Writer) Config {
 		transports = []attach.Transport{attach.NewFUSE()}
 	case "nbd":
 		transports = []attach.Transport{attach.NewNBD(attach.NBDOptions{})}
+	case "ublk":
+		transports = []attach.Transport{attach.NewUBLK()}
 	}
 	return Config{
 		StateDir:     values["stateDir"],
