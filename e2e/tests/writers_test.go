@@ -153,8 +153,10 @@ func (e *env) verify(p pod, run int, flushed ...int) {
 	e.do(p)
 }
 
-// signal is a command that sends a signal to all processes that have an argument.
+// signal is a command that sends a signal to all processes that have an argument. Guards,
+// which start supervisors, are their containers' first processes, and are left alone.
 func signal(name, argument string) string {
-	return fmt.Sprintf(`for p in $(grep -lzx -e '%s' /proc/[0-9]*/cmdline 2>/dev/null); do p=${p#/proc/}; kill -%s ${p%%/cmdline} 2>/dev/null || true; done`,
+	return fmt.Sprintf(`for p in $(grep -lzx -e '%s' /proc/[0-9]*/cmdline 2>/dev/null); do
+  grep -qzx -e --guard $p && continue; p=${p#/proc/}; kill -%s ${p%%/cmdline} 2>/dev/null || true; done`,
 		argument, name)
 }
