@@ -29,8 +29,7 @@ const usage = `usage: e2e COMMAND
   shell [MACHINE]      open a shell with kubectl for the cluster that is kept up, or one on a machine
   down                 take it down
   test [-full] [-run REGEXP] [-keep]
-                       bring up a cluster, run the tests in it, take it down
-`
+                       bring up a cluster, run the tests in it, take it down`
 
 func main() {
 	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
@@ -48,7 +47,7 @@ func main() {
 
 func run(ctx context.Context, args []string) error {
 	if len(args) == 0 {
-		return errors.New("no command\n" + usage)
+		return fmt.Errorf("no command\n%s", usage)
 	}
 	// A user's PATH lacks the directories of ip, mkfs.ext4 and debootstrap.
 	if err := os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin"); err != nil {

@@ -110,7 +110,7 @@ func unpack(r io.Reader, dir string) error {
 	if err != nil {
 		return err
 	}
-	defer root.Close()
+	defer func() { _ = root.Close() }() // it was only a way
 	archive := tar.NewReader(r)
 	for {
 		h, err := archive.Next()
