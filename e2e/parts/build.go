@@ -110,19 +110,24 @@ func repository() (string, error) {
 	}
 }
 
-// addProgramImages adds the sidecars and pause, whose programs are in some of the directories.
+// addProgramImages adds the sidecars, pause and what is alone in an image of upstream's tests.
+// Their programs are in some of the directories.
 func (b *builder) addProgramImages(ctx context.Context, p *Parts, sidecars []string, dirs ...string) error {
-	for _, image := range append(sidecars, pauseImage) {
+	for _, image := range append(sidecars, pauseImage, populatorImage) {
 		program, err := find(programOf(image), dirs)
 		if err != nil {
 			return fmt.Errorf("image %s: %w", image, err)
 		}
-		path, err := b.programImage(ctx, image, program)
+		names := []string{image}
+		if image == pauseImage {
+			names = append(names, validatorImage)
+		}
+		path, err := b.programImage(ctx, program, names...)
 		if err != nil {
 			return err
 		}
 		p.Images = append(p.Images, path)
-		p.ImageNames = append(p.ImageNames, image)
+		p.ImageNames = append(p.ImageNames, names...)
 	}
 	return nil
 }

@@ -20,11 +20,13 @@ const (
 	pauseImage = "registry.k8s.io/pause:3.10.2"
 )
 
-// Images that the upstream suite's pods name. They have Debian's tools where the originals
-// have Alpine's and busybox's.
+// Images that the upstream suite's pods name. The first two have Debian's tools where the
+// originals have Alpine's and busybox's; the last, of which its test needs only that it runs, is pause.
 const (
-	agnhostImage = "registry.k8s.io/e2e-test-images/agnhost:2.63.0"
-	busyboxImage = "registry.k8s.io/e2e-test-images/busybox:1.37.0-1"
+	agnhostImage   = "registry.k8s.io/e2e-test-images/agnhost:2.63.0"
+	busyboxImage   = "registry.k8s.io/e2e-test-images/busybox:1.37.0-1"
+	populatorImage = "registry.k8s.io/sig-storage/hello-populator:v1.0.1"
+	validatorImage = "registry.k8s.io/sig-storage/volume-data-source-validator:v1.0.0"
 )
 
 // created is when images say that they were made: it is the same for all builds.
@@ -50,13 +52,11 @@ func (b *builder) writeImages(ctx context.Context, name string, k *key, build fu
 }
 
 // programImage is an archive with an image that has nothing but one static program.
-func (b *builder) programImage(ctx context.Context, name, program string) (string, error) {
+func (b *builder) programImage(ctx context.Context, program string, names ...string) (string, error) {
 	base := filepath.Base(program)
-	return b.writeImages(ctx, base, newKey().text(name, program), func(dir string) ([]archive.Image, error) {
-		layer, err := archive.WriteLayer(filepath.Join(dir, "layer"), archive.Content{Files: []archive.File{
-			{Name: base, Mode: 0o755, From: program},
-		}})
-		return []archive.Image{{Names: []string{name}, Layers: []archive.Layer{layer}, Entrypoint: []string{"/" + base}}}, err
+	return b.writeImages(ctx, base, newKey().text(program).text(names...), func(dir string) ([]archive.Image, error) {
+		layer, err := archive.WriteLayer(filepath.Join(dir, "layer"), archive.Content{Files: []archive.File{executable(base, program)}})
+		return []archive.Image{{Names: names, Layers: []archive.Layer{layer}, Entrypoint: []string{"/" + base}}}, err
 	})
 }
 

@@ -49,6 +49,7 @@ var (
 			"github.com/kubernetes-csi/external-resizer/v2/cmd/csi-resizer",
 			"github.com/kubernetes-csi/external-snapshotter/v8/cmd/csi-snapshotter",
 			"github.com/kubernetes-csi/external-snapshotter/v8/cmd/snapshot-controller",
+			"github.com/kubernetes-csi/lib-volume-populator/example/hello-populator",
 		},
 	}
 )

@@ -118,7 +118,10 @@ tool (
 	github.com/kubernetes-csi/external-resizer/v2/cmd/csi-resizer
 	github.com/kubernetes-csi/external-snapshotter/v8/cmd/csi-snapshotter
 	github.com/kubernetes-csi/external-snapshotter/v8/cmd/snapshot-controller
+	github.com/kubernetes-csi/lib-volume-populator/example/hello-populator
 )
 
 // The snapshotter replaces it by a directory of its own repository.
 require github.com/kubernetes-csi/external-snapshotter/client/v8 v8.7.0 // indirect
+
+require github.com/kubernetes-csi/lib-volume-populator v1.2.0 // indirect
