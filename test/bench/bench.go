@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 
 	"golang.org/x/sys/unix"
@@ -99,6 +100,9 @@ func (b *bench) run(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := b.measureDevices(ctx); err != nil {
+		return err
+	}
 	if err := b.measureConversions(ctx); err != nil {
 		return err
 	}
@@ -114,7 +118,7 @@ func (b *bench) measureFormat(ctx context.Context, format string) error {
 	var images, empty imageSet
 	defer func() { images.remove(); empty.remove() }()
 	for _, w := range works() {
-		if !w.isFor(format) || !b.only.MatchString(w.name) {
+		if !w.isFor(format) || !b.wants(w.section, w.name) {
 			continue
 		}
 		set := &images
@@ -125,8 +129,8 @@ func (b *bench) measureFormat(ctx context.Context, format string) error {
 		image, err := set.get(ctx, there, format, &w)
 		if err == nil {
 			err = b.takeTurns(ctx, w.name, format, w.contenders(format), func(name string) ([]figure, error) {
-				value, err := there.measure(ctx, name, format, image, &w)
-				return []figure{{w.name, w.unit(), value}}, err
+				value, used, err := there.measureBeside(ctx, set, name, format, image, &w)
+				return []figure{{w.name, w.unit(), value, used}}, err
 			})
 		}
 		if ctx.Err() != nil {
@@ -139,10 +143,18 @@ func (b *bench) measureFormat(ctx context.Context, format string) error {
 	return nil
 }
 
-// figure is one measured value of a work.
+// wants says whether a work is chosen: by its section's name, or by a part of its own.
+func (b *bench) wants(section, name string) bool {
+	return slices.ContainsFunc(b.only, func(choice *regexp.Regexp) bool {
+		return choice.String() == section || choice.MatchString(name)
+	})
+}
+
+// figure is one measured value of a work, and what it took.
 type figure struct {
 	work, unit string
 	value      float64
+	usage      usage
 }
 
 // takeTurns lets contenders do a work round by round, each second round in reverse order.
@@ -181,10 +193,12 @@ func settle(dir string) {
 func (b *bench) hasContender(name string) bool {
 	program := name
 	switch name {
-	case ours:
+	case ours, ownRaw, oneLayer:
 		program = b.binary
 	case nbdkit:
 		program = "nbdkit"
+	case plainLoop:
+		program = "losetup"
 	}
 	_, err := exec.LookPath(program)
 	if err != nil {
@@ -193,24 +207,39 @@ func (b *bench) hasContender(name string) bool {
 	return err == nil
 }
 
+// measureBeside is measure, or measures us with what our figure is compared with.
+func (b *bench) measureBeside(ctx context.Context, set *imageSet, name, format, image string, w *work) (float64, usage, error) {
+	switch name {
+	case ownRaw:
+		return b.measure(ctx, ours, rawName, image, w) // it is made anew
+	case oneLayer:
+		base, err := set.getChain(ctx, b, format, 1)
+		if err != nil {
+			return 0, usage{}, err
+		}
+		return b.measure(ctx, ours, format, base, w)
+	}
+	return b.measure(ctx, name, format, image, w)
+}
+
 // measure lets a contender do a work once, on an image that is served for it alone. An
 // empty image is made anew.
-func (b *bench) measure(ctx context.Context, name, format, image string, w *work) (value float64, err error) {
+func (b *bench) measure(ctx context.Context, name, format, image string, w *work) (value float64, used usage, err error) {
 	l := load{mode: w.mode, blockBytes: w.blockBytes, depth: w.depth, sizeBytes: b.usedBytes(), duration: b.duration()}
 	if w.kind == emptyImage {
 		if err := b.create(ctx, format, image, emptyBytes); err != nil {
-			return 0, err
+			return 0, used, err
 		}
 		l.sizeBytes, l.totalBytes = emptyBytes, firstWrites(w.blockBytes)
 	}
 	s, err := b.serve(ctx, name, format, image)
 	if err != nil {
-		return 0, err
+		return 0, used, err
 	}
 	defer func() { err = errors.Join(err, s.stop()) }()
 	s.client.close() // the load's is the only one
-	r, err := runFio(ctx, s.socket, l)
-	return r.in(w.unit()), err
+	r, used, err := watchLoad(s.pids(), func() (rate, error) { return runFio(ctx, onServer(s.socket), l) })
+	return r.in(w.unit()), used, err
 }
 
 func (b *bench) progress(format string, args ...any) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/xml"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"os"
@@ -50,8 +51,8 @@ func TestCompare_PairsRounds(t *testing.T) {
 	var r results
 	work := works()[0].name
 	for _, speed := range []float64{1, 1, 0.1, 0.1, 0.1} {
-		r.add(figure{work, opsPerSecond, 300 * speed}, vmdkName, ours)
-		r.add(figure{work, opsPerSecond, 100 * speed}, vmdkName, qemuNBD)
+		r.add(figure{work: work, unit: opsPerSecond, value: 300 * speed}, vmdkName, ours)
+		r.add(figure{work: work, unit: opsPerSecond, value: 100 * speed}, vmdkName, qemuNBD)
 	}
 	r.compare()
 	if len(r.Comparisons) != 1 {
@@ -67,16 +68,21 @@ func TestCompare_PairsRounds(t *testing.T) {
 func TestCompare_WithWhat(t *testing.T) {
 	var r results
 	add := func(work, format, server, unit string, value float64) {
-		r.add(figure{work, unit, value}, format, server)
+		r.add(figure{work: work, unit: unit, value: value}, format, server)
 	}
 	const first = "4 KiB random first write, depth 32"
 	add(first, rawName, ours, opsPerSecond, 50)
 	add(first, rawName, nbdkit, opsPerSecond, 100)
+	add(first, vmdkName, ownRaw, opsPerSecond, 50)
+	add(first, "qcow2", ownRaw, opsPerSecond, 50)
 	add(first, vmdkName, ours, opsPerSecond, 45)
 	add(first, vmdkName, qemuNBD, opsPerSecond, 5)
 	add(first, "qcow2", ours, opsPerSecond, 30)
 	add(first, "qcow2", qemuNBD, opsPerSecond, 40)
-	add(chainName(1), "qcow2", ours, opsPerSecond, 100)
+	add(chainName(32), "qcow2", oneLayer, opsPerSecond, 100)
+	add("block device: 1 MiB sequential read", rawName, ours, mibPerSecond, 30)
+	add("block device: 1 MiB sequential read", rawName, plainLoop, mibPerSecond, 40)
+	add(idleDevice, rawName, ours, mebibytes, 10)
 	add(chainName(32), "qcow2", ours, opsPerSecond, 80)
 	add(openTime, "qcow2", ours, milliseconds, 25)
 	add(openTime, "qcow2", qemuNBD, milliseconds, 100)
@@ -99,6 +105,8 @@ func TestCompare_WithWhat(t *testing.T) {
 		{"qcow2", qemuNBD, 0.75, 0, true},
 		{"qcow2", ownRaw, 0.6, 0.8, false},
 		{"qcow2", oneLayer, 0.8, 0.9, false},
+		{rawName, plainLoop, 0.75, 0, true},
+		{rawName, limit, 1.5, 1, true},
 		{"qcow2", qemuImg, 3, 2, true},
 		{"qcow2", limit, 2, 1, true},
 		{"qcow2", qemuNBD, 4, 0, true},
@@ -113,7 +121,7 @@ func TestTakeTurns(t *testing.T) {
 	var order []string
 	measure := func(name string) ([]figure, error) {
 		order = append(order, name)
-		return []figure{{"work", opsPerSecond, float64(len(order))}}, nil
+		return []figure{{work: "work", unit: opsPerSecond, value: float64(len(order))}}, nil
 	}
 	if err := b.takeTurns(t.Context(), "work", rawName, []string{ours, "sh", "no-such-program"}, measure); err != nil {
 		t.Fatal(err)
@@ -169,7 +177,7 @@ func TestLoadArgs(t *testing.T) {
 		{counted, "--runtime=1500ms", "--time_based"},
 		{whole, "--bs=1048576", "--runtime"},
 	} {
-		args := strings.Join(c.load.args("/s"), " ")
+		args := strings.Join(c.load.args(), " ")
 		if !strings.Contains(args, c.with) || strings.Contains(args, c.lack) {
 			t.Errorf("%+v: %s: want %s and no %s", c.load, args, c.with, c.lack)
 		}
@@ -177,12 +185,67 @@ func TestLoadArgs(t *testing.T) {
 }
 
 func TestParseResident(t *testing.T) {
-	if got, err := parseResident("Name:\tx\nVmHWM:\t  9 kB\nVmRSS:\t   18244 kB\n"); got != 18244<<10 || err != nil {
+	if got, err := parseResident("Name:\tx\nVmHWM:\t  9 kB\nVmRSS:\t   18244 kB\n", residentNow); got != 18244<<10 || err != nil {
 		t.Errorf("%d, %v", got, err)
 	}
 	for _, text := range []string{"", "VmRSS:\tmuch\n"} {
-		if _, err := parseResident(text); err == nil {
+		if _, err := parseResident(text, residentNow); err == nil {
 			t.Errorf("%q is no error", text)
+		}
+	}
+}
+
+func TestParseProcessorTime(t *testing.T) {
+	const fields = " S 1 2 3 4 5 6 7 8 9 10 150 25 0 0 20 0"
+	for _, name := range []string{"x", "a (b) c", ") 1 2"} {
+		if got, err := parseProcessorTime("12 (" + name + ")" + fields); err != nil || got != 1750*time.Millisecond {
+			t.Errorf("program %q: %v, %v", name, got, err)
+		}
+	}
+	for _, stat := range []string{"", "12 (x) S 1 2", "12 (x)" + strings.Replace(fields, "25", "?", 1)} {
+		if _, err := parseProcessorTime(stat); err == nil {
+			t.Errorf("%q is no error", stat)
+		}
+	}
+}
+
+// What a process does during a load, and only that, is counted.
+func TestWatchLoad(t *testing.T) {
+	work := func(d time.Duration) {
+		for start, sum := time.Now(), 0; time.Since(start) < d; sum++ {
+			_ = fmt.Sprint(sum)
+		}
+	}
+	work(50 * time.Millisecond)
+	_, idle, err := watchLoad([]int{os.Getpid()}, func() (rate, error) { return rate{operations: 10}, nil })
+	if err != nil || idle.idleBytes < 1<<20 || idle.busyBytes < 1<<20 || idle.operations != 10 {
+		t.Errorf("idle: %+v, %v", idle, err)
+	}
+	_, busy, err := watchLoad([]int{os.Getpid()}, func() (rate, error) {
+		work(300 * time.Millisecond)
+		return rate{operations: 10}, nil
+	})
+	if err != nil || busy.processor <= idle.processor {
+		t.Errorf("busy: %+v, %v; idle %+v", busy, err, idle)
+	}
+	if _, u, err := watchLoad(nil, func() (rate, error) { return rate{operations: 1}, nil }); err != nil || u.perOperation() != nil {
+		t.Errorf("without processes: %+v, %v", u, err)
+	}
+}
+
+func TestWants(t *testing.T) {
+	b := new(bench)
+	for _, choice := range []string{sectionOpen, "depth 32$"} {
+		b.only = append(b.only, regexp.MustCompile(choice))
+	}
+	for _, c := range []struct {
+		section, name string
+		want          bool
+	}{
+		{sectionOpen, "anything", true}, {sectionNBD, "read, depth 32", true}, {sectionNBD, "depth 32 or so", false}, {sectionDevice, "read", false},
+	} {
+		if got := b.wants(c.section, c.name); got != c.want {
+			t.Errorf("%s: %s: %v", c.section, c.name, got)
 		}
 	}
 }
@@ -219,11 +282,12 @@ func sampleResults() *results {
 	r := &results{Rounds: 3, Seconds: 0.5, Date: "2026-01-02T03:04:05Z", Machine: machine{Model: `<Fast & "cheap">`, CPUs: 2, FileSystem: "ext4"}}
 	work := works()[0].name
 	for format, value := range map[string]float64{rawName: 900, vmdkName: 150} {
-		r.add(figure{work, opsPerSecond, value}, format, ours)
-		r.add(figure{work, opsPerSecond, 100}, format, qemuNBD)
+		r.add(figure{work: work, unit: opsPerSecond, value: value}, format, ours)
+		r.add(figure{work: work, unit: opsPerSecond, value: 100}, format, qemuNBD)
 	}
-	r.add(figure{chainName(8), opsPerSecond, 5}, vmdkName, ours)
-	r.add(figure{chainName(8), opsPerSecond, 10}, vmdkName, qemuNBD)
+	r.add(figure{work: chainName(8), unit: opsPerSecond, value: 5}, vmdkName, ours)
+	r.add(figure{work: chainName(8), unit: opsPerSecond, value: 10}, vmdkName, qemuNBD)
+	r.find(work, rawName, ours).Costs = []costs{{Micros: 7, IdleMiB: 12, BusyMiB: 20}, {Micros: 8.1, IdleMiB: 12, BusyMiB: 20}, {Micros: 9, IdleMiB: 11, BusyMiB: 31}}
 	r.Skipped = []skipped{{What: "vhdx", Reason: "none\nyet"}}
 	r.compare()
 	return r
@@ -275,7 +339,7 @@ func TestPlot_Empty(t *testing.T) {
 func TestPrint(t *testing.T) {
 	var out bytes.Buffer
 	sampleResults().print(&out)
-	for _, want := range []string{`(?m)^ +raw +900 +qemu-nbd +100 +9\.00 .*≥ 2\.00 +met$`, `(?m)^ +vmdk +150 .*missed$`, `(?m)^ +vmdk +5 .* - *$`, `vhdx: none; yet`} {
+	for _, want := range []string{`(?m)^ +raw +900 +8\.1 +12–20 +qemu-nbd +100 +- +- +9\.00 .*≥ 2\.00 +met$`, `(?m)^ +vmdk +150 .*missed$`, `(?m)^ +vmdk +5 +- +- .* - *$`, `vhdx: none; yet`} {
 		if !regexp.MustCompile(want).MatchString(out.String()) {
 			t.Errorf("no line matches %s:\n%s", want, &out)
 		}

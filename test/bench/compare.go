@@ -16,6 +16,9 @@ type comparison struct {
 	Low    float64 `json:"low"`
 	High   float64 `json:"high"`
 	Target float64 `json:"target,omitempty"` // least ratio aimed at
+
+	OurCosts   *costs `json:"ourCosts,omitempty"` // medians
+	TheirCosts *costs `json:"theirCosts,omitempty"`
 }
 
 func (c *comparison) met() bool { return c.Ratio >= c.Target }
@@ -38,14 +41,11 @@ func (r *results) compare() {
 			format := ourFigures.Format
 			r.beside(ourFigures, qemuNBD, r.find(w.name, format, qemuNBD), w.target.besideQemuNBD(format))
 			r.beside(ourFigures, nbdkit, r.find(w.name, format, nbdkit), w.target.nbdkit)
-			if w.target.ownRaw > 0 && format != rawName {
-				r.beside(ourFigures, ownRaw, r.find(w.name, rawName, ours), w.target.ownRaw)
-			}
-			if w.target.oneLayer > 0 {
-				r.beside(ourFigures, oneLayer, r.find(chainName(1), format, ours), w.target.oneLayer)
-			}
+			r.beside(ourFigures, ownRaw, r.find(w.name, format, ownRaw), w.target.ownRaw)
+			r.beside(ourFigures, oneLayer, r.find(w.name, format, oneLayer), w.target.oneLayer)
 		}
 	}
+	r.compareDevices()
 	for _, c := range conversions() {
 		for _, ourFigures := range r.ofOurs(c.name) {
 			r.beside(ourFigures, qemuImg, r.find(c.name, ourFigures.Format, qemuImg), c.target)
@@ -53,10 +53,29 @@ func (r *results) compare() {
 	}
 	for _, l := range openingLimits() {
 		for _, ourFigures := range r.ofOurs(l.work) {
-			r.beside(ourFigures, limit, &figures{Values: slices.Repeat([]float64{l.most}, len(ourFigures.Values))}, 1)
+			r.beside(ourFigures, limit, limitOf(l.most, ourFigures), 1)
 			r.beside(ourFigures, qemuNBD, r.find(l.work, ourFigures.Format, qemuNBD), 0)
 		}
 	}
+}
+
+// compareDevices fills in the comparisons of block devices.
+func (r *results) compareDevices() {
+	for _, w := range deviceWorks() {
+		for _, ourFigures := range r.ofOurs(w.name) {
+			r.beside(ourFigures, qemuStorageDaemon, r.find(w.name, ourFigures.Format, qemuStorageDaemon), 0)
+			r.beside(ourFigures, plainLoop, r.find(w.name, ourFigures.Format, plainLoop), 0)
+		}
+	}
+	for _, ourFigures := range r.ofOurs(idleDevice) {
+		r.beside(ourFigures, limit, limitOf(idleMiB, ourFigures), 1)
+		r.beside(ourFigures, qemuStorageDaemon, r.find(idleDevice, ourFigures.Format, qemuStorageDaemon), 0)
+	}
+}
+
+// limitOf is a limit as figures to compare ours with.
+func limitOf(most float64, ourFigures *figures) *figures {
+	return &figures{Values: slices.Repeat([]float64{most}, len(ourFigures.Values))}
 }
 
 // ofOurs returns our figures at a work, by format.
@@ -85,6 +104,7 @@ func (r *results) beside(our *figures, against string, other *figures, target fl
 	r.Comparisons = append(r.Comparisons, comparison{
 		Work: our.Work, Format: our.Format, Against: against, Unit: our.Unit,
 		Ours: median(our.Values), Theirs: median(other.Values),
+		OurCosts: medianCosts(our.Costs), TheirCosts: medianCosts(other.Costs),
 		Ratio: median(better), Low: slices.Min(better), High: slices.Max(better), Target: target,
 	})
 }

@@ -46,7 +46,7 @@ func (b *bench) measureConversions(ctx context.Context) error {
 	names := []string{"source.raw", "source.vmdk", "target"}
 	defer func() { (&imageSet{dir: b.dir, names: names}).remove() }()
 	for _, c := range conversions() {
-		if !b.only.MatchString(c.name) {
+		if !b.wants(sectionConvert, c.name) {
 			continue
 		}
 		if err := c.supported(); err != nil {
@@ -57,7 +57,7 @@ func (b *bench) measureConversions(ctx context.Context) error {
 		if err == nil {
 			err = b.takeTurns(ctx, c.name, c.format, []string{ours, qemuImg}, func(name string) ([]figure, error) {
 				seconds, err := b.convert(ctx, name, &c)
-				return []figure{{c.name, mibPerSecond, float64(b.sizeMiB) / seconds}}, err
+				return []figure{{work: c.name, unit: mibPerSecond, value: float64(b.sizeMiB) / seconds}}, err
 			})
 		}
 		if ctx.Err() != nil {

@@ -21,11 +21,20 @@ type load struct {
 	duration   time.Duration // at most, or, with totalBytes 0, exactly; 0: until all is done
 }
 
-// args are fio's for a server that listens on a socket.
-func (l *load) args(socket string) []string {
+// onServer is how fio reaches a server that listens on a socket, onDevice how it reaches a
+// block device, past the page cache.
+func onServer(socket string) []string {
+	return []string{"--ioengine=nbd", "--uri=nbd+unix:///?socket=" + socket}
+}
+
+func onDevice(path string) []string {
+	return []string{"--ioengine=libaio", "--direct=1", "--filename=" + path}
+}
+
+// args are fio's, but for those of onServer or onDevice.
+func (l *load) args() []string {
 	args := []string{
-		"--name=bench", "--ioengine=nbd", "--uri=nbd+unix:///?socket=" + socket,
-		"--rw=" + l.mode, fmt.Sprintf("--bs=%d", l.blockBytes), fmt.Sprintf("--iodepth=%d", l.depth),
+		"--name=bench", "--rw=" + l.mode, fmt.Sprintf("--bs=%d", l.blockBytes), fmt.Sprintf("--iodepth=%d", l.depth),
 		fmt.Sprintf("--size=%d", l.sizeBytes), "--norandommap", "--randrepeat=0", "--output-format=json",
 	}
 	if l.duration > 0 {
@@ -44,6 +53,7 @@ func (l *load) args(socket string) []string {
 type rate struct {
 	opsPerSecond   float64
 	bytesPerSecond float64
+	operations     int64
 }
 
 func (r rate) in(unit string) float64 {
@@ -53,9 +63,9 @@ func (r rate) in(unit string) float64 {
 	return r.opsPerSecond
 }
 
-// runFio runs a load against a server.
-func runFio(ctx context.Context, socket string, l load) (rate, error) {
-	cmd := exec.CommandContext(ctx, "fio", l.args(socket)...)
+// runFio runs a load on what onServer or onDevice says.
+func runFio(ctx context.Context, on []string, l load) (rate, error) {
+	cmd := exec.CommandContext(ctx, "fio", append(l.args(), on...)...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
@@ -74,6 +84,7 @@ func parseFio(text string) (rate, error) {
 		Bytes   int64   `json:"io_bytes"`
 		Rate    float64 `json:"bw_bytes"`
 		OpsRate float64 `json:"iops"`
+		Ops     int64   `json:"total_ios"`
 	}
 	var report struct {
 		Jobs []struct {
@@ -99,7 +110,7 @@ func parseFio(text string) (rate, error) {
 	if done.Bytes == 0 {
 		return rate{}, fmt.Errorf("fio read and wrote nothing")
 	}
-	return rate{opsPerSecond: done.OpsRate, bytesPerSecond: done.Rate}, nil
+	return rate{opsPerSecond: done.OpsRate, bytesPerSecond: done.Rate, operations: done.Ops}, nil
 }
 
 // lastLines is the end of a program's output, for error messages.

@@ -93,7 +93,7 @@ func (s *imageSet) getFull(ctx context.Context, b *bench, format string) (string
 	}
 	srv.client.close()
 	fill := load{mode: "write", blockBytes: mib1, depth: seqDepth, sizeBytes: b.fullBytes()}
-	_, err = runFio(ctx, srv.socket, fill)
+	_, err = runFio(ctx, onServer(srv.socket), fill)
 	if stopErr := srv.stop(); err == nil {
 		err = stopErr
 	}

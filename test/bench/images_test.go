@@ -128,7 +128,7 @@ func TestServe(t *testing.T) {
 	if err := s.client.read(got, int64(len(content))); err == nil {
 		t.Error("a read past the end is no error")
 	}
-	if n, err := resident(s.cmd.Process.Pid); err != nil || n < 1<<20 {
+	if n, err := resident([]int{s.cmd.Process.Pid}, residentNow); err != nil || n < 1<<20 {
 		t.Errorf("resident: %d bytes, %v", n, err)
 	}
 	if err := s.stop(); err != nil {

@@ -4,9 +4,10 @@
 //
 //   - main.go: flags; bench.go: the run
 //   - works.go: what is measured, and the targets
+//   - usage.go: what servers take of processors and memory
 //   - images.go, large.go: images to measure on
 //   - servers.go: starting and stopping NBD servers; client.go: is one ready?
-//   - fio.go: the client that measures them
+//   - fio.go: the client that measures them; device.go: block devices, which it measures too
 //   - convert.go, open.go: what is measured without it
 //   - results.go, compare.go: figures, and what they mean; report.go, plot.go: showing them
 //
@@ -29,15 +30,15 @@ import (
 
 // config is how to measure.
 type config struct {
-	seconds float64  // of each measurement
-	rounds  int      // per contender
-	sizeMiB int64    // of images whose clusters all have contents
-	formats []string // in qemu-img's words
-	only    *regexp.Regexp
-	dir     string // for images
-	memory  string // for images that are read and overwritten
-	out     string // for the report; "" for none
-	binary  string // csi-imgdisk
+	seconds float64          // of each measurement
+	rounds  int              // per contender
+	sizeMiB int64            // of images whose clusters all have contents
+	formats []string         // in qemu-img's words
+	only    []*regexp.Regexp // sections' names, or expressions for works' names
+	dir     string           // for images
+	memory  string           // for images that are read and overwritten
+	out     string           // for the report; "" for none
+	binary  string           // csi-imgdisk
 }
 
 // allFormats are those that qemu-nbd serves, too.
@@ -49,7 +50,7 @@ func main() {
 	flag.IntVar(&c.rounds, "repeat", 3, "rounds of each measurement, of which the median counts")
 	flag.Int64Var(&c.sizeMiB, "size", 1024, "MiB of the images that are full of data")
 	formats := flag.String("formats", allFormats, "formats to measure, separated by commas")
-	only := flag.String("only", ".", "only the works whose names match this expression")
+	only := flag.String("only", ".", "only these, separated by commas: sections ("+strings.Join(sections(), ", ")+"), or works whose names match an expression")
 	flag.StringVar(&c.dir, "dir", os.TempDir(), "directory for images: the file system that is measured on")
 	flag.StringVar(&c.memory, "memory", "/dev/shm", "directory for images that are read and overwritten, so that servers are measured and no disk; \"\" for that of -dir")
 	flag.StringVar(&c.out, "out", "docs/benchmarks", "directory for results.json and results.svg; \"\" for none")
@@ -65,9 +66,12 @@ func main() {
 }
 
 func start(ctx context.Context, c config, formats, only string) error {
-	var err error
-	if c.only, err = regexp.Compile(only); err != nil {
-		return fmt.Errorf("-only: %w", err)
+	for choice := range strings.SplitSeq(only, ",") {
+		expression, err := regexp.Compile(choice)
+		if err != nil {
+			return fmt.Errorf("-only: %w", err)
+		}
+		c.only = append(c.only, expression)
 	}
 	c.formats = strings.Split(formats, ",")
 	if err := c.check(); err != nil {

@@ -3,11 +3,7 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
-	"os"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
@@ -36,7 +32,7 @@ func openingLimits() []openingLimit { return []openingLimit{{openTime, 50}, {ope
 func (b *bench) measureOpening(ctx context.Context) error {
 	for _, format := range []string{"qcow2", vmdkName} {
 		_, err := formats.Lookup(format)
-		if !b.only.MatchString(openTime) && !b.only.MatchString(openMemory) || !slices.Contains(b.formats, format) {
+		if !b.wants(sectionOpen, openTime) && !b.wants(sectionOpen, openMemory) || !slices.Contains(b.formats, format) {
 			continue
 		}
 		if err != nil {
@@ -64,8 +60,8 @@ func (b *bench) measureOpeningOf(ctx context.Context, format string) error {
 	return b.takeTurns(ctx, "open 2 TiB", format, []string{ours, qemuNBD}, func(name string) ([]figure, error) {
 		took, residentBytes, err := b.open(ctx, name, format, image)
 		return []figure{
-			{openTime, milliseconds, float64(took.Microseconds()) / 1000},
-			{openMemory, mebibytes, float64(residentBytes) / float64(mib1)},
+			{work: openTime, unit: milliseconds, value: float64(took.Microseconds()) / 1000},
+			{work: openMemory, unit: mebibytes, value: float64(residentBytes) / float64(mib1)},
 		}, err
 	})
 }
@@ -86,26 +82,6 @@ func (b *bench) open(ctx context.Context, name, format, image string) (took time
 			took = time.Since(start)
 		}
 	}
-	residentBytes, err = resident(s.cmd.Process.Pid)
+	residentBytes, err = resident(s.pids(), residentNow)
 	return took, residentBytes, err
-}
-
-// resident returns how much memory a process has.
-func resident(pid int) (int64, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0, err
-	}
-	return parseResident(string(text))
-}
-
-// parseResident reads VmRSS of proc(5)'s status.
-func parseResident(status string) (int64, error) {
-	for line := range strings.Lines(status) {
-		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			kib, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
-			return kib << 10, err
-		}
-	}
-	return 0, errors.New("the process has no VmRSS")
 }

@@ -18,10 +18,10 @@ func (r *results) print(w io.Writer) {
 		if c.Work != work {
 			work = c.Work
 			fmt.Fprintf(table, "\n%s (%s)\n", c.Work, c.Unit)
-			fmt.Fprintln(table, "  image\t"+ours+"\tbeside\tits figure\tratio\trange\ttarget\t")
+			fmt.Fprintln(table, "  image\t"+ours+"\tµs/op\tMiB\tbeside\tits figure\tµs/op\tMiB\tratio\trange\ttarget\t")
 		}
-		fmt.Fprintf(table, "  %s\t%s\t%s\t%s\t%.2f\t%.2f–%.2f\t%s\t%s\n",
-			c.Format, number(c.Ours), c.Against, number(c.Theirs), c.Ratio, c.Low, c.High, c.targetText(), c.verdict())
+		fmt.Fprintf(table, "  %s\t%s\t%s\t%s\t%s\t%s\t%.2f\t%.2f–%.2f\t%s\t%s\n",
+			c.Format, number(c.Ours), c.OurCosts, c.Against, number(c.Theirs), c.TheirCosts, c.Ratio, c.Low, c.High, c.targetText(), c.verdict())
 	}
 	_ = table.Flush() // as little can be done as about the terminal
 	if len(r.Skipped) > 0 {
@@ -30,6 +30,14 @@ func (r *results) print(w io.Writer) {
 	for _, s := range r.Skipped {
 		fmt.Fprintf(w, "  %s: %s\n", s.What, strings.ReplaceAll(s.Reason, "\n", "; "))
 	}
+}
+
+// String shows costs in two columns: processor time per operation, and memory, idle and busy.
+func (c *costs) String() string {
+	if c == nil {
+		return "-\t-"
+	}
+	return fmt.Sprintf("%.1f\t%.0f–%.0f", c.Micros, c.IdleMiB, c.BusyMiB)
 }
 
 func (c *comparison) targetText() string {

@@ -44,6 +44,7 @@ type figures struct {
 	Server string    `json:"contender"`
 	Unit   string    `json:"unit"`
 	Values []float64 `json:"values"`
+	Costs  []costs   `json:"costs,omitempty"` // in rounds in which they were measured
 }
 
 // skipped is what was not measured.
@@ -69,6 +70,7 @@ func (r *results) describe(b *bench) {
 	r.Versions = map[string]string{}
 	for name, command := range map[string][]string{
 		ours: {b.binary, "version"}, qemuNBD: {"qemu-nbd", "--version"}, nbdkit: {"nbdkit", "--version"}, "fio": {"fio", "--version"},
+		qemuStorageDaemon: {qemuStorageDaemon, "--version"},
 	} {
 		if out, err := exec.Command(command[0], command[1:]...).Output(); err == nil {
 			r.Versions[name], _, _ = strings.Cut(strings.TrimSpace(string(out)), "\n")
@@ -132,6 +134,9 @@ func (r *results) add(f figure, format, server string) {
 		r.Figures = append(r.Figures, to)
 	}
 	to.Values = append(to.Values, f.value)
+	if c := f.usage.perOperation(); c != nil {
+		to.Costs = append(to.Costs, *c)
+	}
 }
 
 // failures counts what should have been measured and was not.

@@ -28,6 +28,9 @@ type server struct {
 	client *client // the first: it has seen that the server is ready
 }
 
+// pids are the processes that serve.
+func (s *server) pids() []int { return []int{s.cmd.Process.Pid} }
+
 // serve starts a contender's server of an image in b's directory, and returns once it has
 // answered.
 func (b *bench) serve(ctx context.Context, name, format, image string) (*server, error) {

@@ -20,8 +20,23 @@ const (
 	mebibytes    = "MiB"
 )
 
+// Sections of a run: -only chooses them by name.
+const (
+	sectionNBD        = "nbd"
+	sectionFirstWrite = "first-write"
+	sectionLayers     = "layers"
+	sectionDevice     = "device"
+	sectionConvert    = "convert"
+	sectionOpen       = "open"
+)
+
+func sections() []string {
+	return []string{sectionNBD, sectionFirstWrite, sectionLayers, sectionDevice, sectionConvert, sectionOpen}
+}
+
 // work is one thing that servers are measured at, in every format.
 type work struct {
+	section    string
 	name       string
 	mode       string // fio's rw=
 	blockBytes int64
@@ -66,25 +81,51 @@ const (
 // chainFormats are those whose chains qemu-img makes and qemu-nbd reads.
 var chainFormats = []string{"qcow2", vmdkName}
 
+// loads are what servers and block devices do with a full image.
+func loads() []work {
+	return []work{
+		{name: "4 KiB random read, depth 32", mode: "randread", blockBytes: kib4, depth: 32},
+		{name: "4 KiB random overwrite, depth 32", mode: "randwrite", blockBytes: kib4, depth: 32},
+		{name: "4 KiB random read, depth 1", mode: "randread", blockBytes: kib4, depth: 1},
+		{name: "4 KiB random overwrite, depth 1", mode: "randwrite", blockBytes: kib4, depth: 1},
+		{name: "1 MiB sequential read", mode: "read", blockBytes: mib1, depth: seqDepth},
+		{name: "1 MiB sequential overwrite", mode: "write", blockBytes: mib1, depth: seqDepth},
+	}
+}
+
+// deviceWorks returns everything that is measured on block devices.
+func deviceWorks() []work {
+	list := loads()
+	for i := range list {
+		list[i].section, list[i].name = sectionDevice, "block device: "+list[i].name
+	}
+	return list
+}
+
+// Memory of what is served and not used.
+const idleDevice = "block device, idle: resident memory"
+
+// idleMiB is what an attached volume that nobody uses may take.
+const idleMiB = 15
+
 // works returns everything that is measured through NBD.
 func works() []work {
 	deep := targets{qemuNBD: 2, nbdkit: 0.95}
 	alone := targets{qemuNBD: 1.3, nbdkit: 0.95}
 	stream := targets{qemuNBD: 1.5, nbdkit: 0.95}
-	list := []work{
-		{name: "4 KiB random read, depth 32", mode: "randread", blockBytes: kib4, depth: 32, target: deep},
-		{name: "4 KiB random overwrite, depth 32", mode: "randwrite", blockBytes: kib4, depth: 32, target: deep},
-		{name: "4 KiB random read, depth 1", mode: "randread", blockBytes: kib4, depth: 1, target: alone},
-		{name: "4 KiB random overwrite, depth 1", mode: "randwrite", blockBytes: kib4, depth: 1},
-		{name: "1 MiB sequential read", mode: "read", blockBytes: mib1, depth: seqDepth, target: stream},
-		{name: "1 MiB sequential overwrite", mode: "write", blockBytes: mib1, depth: seqDepth, target: stream},
-		{name: "4 KiB random first write, depth 32", mode: "randwrite", blockBytes: kib4, depth: 32, kind: emptyImage,
-			target: targets{byFormat: map[string]float64{vmdkName: 10}, ownRaw: 0.8}},
-		{name: "1 MiB sequential first write", mode: "write", blockBytes: mib1, depth: seqDepth, kind: emptyImage},
+	list := loads()
+	for i, target := range []targets{deep, deep, alone, {}, stream, stream} {
+		list[i].section, list[i].target = sectionNBD, target
 	}
+	list = append(list,
+		work{section: sectionFirstWrite, name: "4 KiB random first write, depth 32", mode: "randwrite", blockBytes: kib4, depth: 32,
+			kind: emptyImage, target: targets{byFormat: map[string]float64{vmdkName: 10}, ownRaw: 0.8}},
+		work{section: sectionFirstWrite, name: "1 MiB sequential first write", mode: "write", blockBytes: mib1, depth: seqDepth,
+			kind: emptyImage},
+	)
 	for _, layers := range []int{1, 8, 32} {
 		w := work{
-			name: chainName(layers), mode: "randread", blockBytes: kib4, depth: 32,
+			section: sectionLayers, name: chainName(layers), mode: "randread", blockBytes: kib4, depth: 32,
 			kind: chainImage, formats: chainFormats, layers: layers,
 		}
 		if layers == deepest {
@@ -117,10 +158,17 @@ func (w *work) isFor(format string) bool {
 	return w.formats == nil || slices.Contains(w.formats, format)
 }
 
-// contenders are who does a work in a format.
+// contenders are who does a work in a format: beside others, we ourselves on the image that
+// our figure is compared with, so that both are of the same moment.
 func (w *work) contenders(format string) []string {
-	if format == rawName {
-		return []string{ours, qemuNBD, nbdkit}
+	list := []string{ours, qemuNBD}
+	switch {
+	case format == rawName:
+		return append(list, nbdkit)
+	case w.target.ownRaw > 0:
+		return append(list, ownRaw)
+	case w.target.oneLayer > 0:
+		return append(list, oneLayer)
 	}
-	return []string{ours, qemuNBD}
+	return list
 }
