@@ -89,7 +89,7 @@ func (p *controlPlane) start() error {
 			"--tls-cert-file="+pki("apiserver.crt"), "--tls-private-key-file="+pki("apiserver.key"),
 			"--kubelet-client-certificate="+pki("apiserver-kubelet-client.crt"), "--kubelet-client-key="+pki("apiserver-kubelet-client.key"),
 			"--kubelet-preferred-address-types=InternalIP",
-			"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+pki("serviceaccount.key"),
+			"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+pki("serviceaccount.crt"),
 			"--service-account-signing-key-file="+pki("serviceaccount.key")),
 		p.run("kube-controller-manager", "--kubeconfig="+p.c.path("controller-manager.kubeconfig"),
 			"--leader-elect=false", "--use-service-account-credentials=true", "--root-ca-file="+pki("ca.crt"),
@@ -107,6 +107,18 @@ func (p *controlPlane) run(program string, args ...string) error {
 	}
 	p.running[program] = started
 	return nil
+}
+
+// complete does what needs the API server, once it is ready, and waits for the nodes.
+func (p *controlPlane) complete(ctx context.Context, crds []string, log *steps) error {
+	if err := p.waitAPI(ctx); err != nil {
+		return err
+	}
+	log.done("the API server is ready")
+	if err := p.snapshots(ctx, crds); err != nil {
+		return err
+	}
+	return p.waitNodes(ctx, log)
 }
 
 // snapshots installs the custom resources of snapshots and runs their controller.

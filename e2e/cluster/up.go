@@ -118,9 +118,7 @@ func (c *Cluster) start(ctx context.Context, config Config, log *steps) error {
 		return err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
 	var powering sync.WaitGroup
-	defer powering.Wait()
 	for _, m := range c.machines {
 		powering.Go(func() {
 			if err := errors.Join(m.makeFiles(ctx), m.PowerOn(ctx)); err != nil {
@@ -130,21 +128,14 @@ func (c *Cluster) start(ctx context.Context, config Config, log *steps) error {
 			log.done("%s has started", m.name)
 		})
 	}
-	err = func() error {
-		if err := control.waitAPI(ctx); err != nil {
-			return err
-		}
-		log.done("the API server is ready")
-		if err := control.snapshots(ctx, config.Parts.SnapshotCRDs); err != nil {
-			return err
-		}
-		return control.waitNodes(ctx, log)
-	}()
-	if cause := context.Cause(ctx); cause != nil && err != nil {
-		return errors.Join(cause, err)
+	err = control.complete(ctx, config.Parts.SnapshotCRDs, log)
+	if err != nil {
+		cancel(err) // machines that start need not go on
 	}
 	powering.Wait()
-	return errors.Join(err, context.Cause(ctx))
+	cause := context.Cause(ctx) // the first error of all
+	cancel(nil)
+	return cause
 }
 
 func nodeReady(n *corev1.Node) bool {
