@@ -61,6 +61,7 @@ type conn struct {
 	stats     counters
 	idle      []*sleeper // workers that sleep, the last to have fallen asleep last
 	workers   int
+	carrying  int // requests that workers are carrying out, without flushes
 	exited    sync.WaitGroup
 }
 
@@ -209,6 +210,9 @@ func (c *conn) carryOutNext() bool {
 	if r == nil {
 		return false
 	}
+	if r.cmd != cmdFlush {
+		c.carrying++
+	}
 	help := c.helpFor(r)
 	c.mu.Unlock()
 	if help != nil {
@@ -224,6 +228,9 @@ func (c *conn) carryOutNext() bool {
 		c.server.leave(r)
 	}
 	c.mu.Lock()
+	if r.cmd != cmdFlush {
+		c.carrying--
+	}
 	c.done.push(r)
 	c.doneBytes += r.headLen + len(r.tail)
 	c.progress++
@@ -251,11 +258,17 @@ func (c *conn) helpFor(r *request) *sleeper {
 	return nil
 }
 
-// nextReady takes the first request for which there is memory. The lock is held.
+// nextReady takes the first request for which there is memory. The last worker that is not
+// carrying out any takes flushes only: others may all wait for a limit, which a flush
+// doesn't, and somebody must go on receiving. The lock is held.
 func (c *conn) nextReady() *request {
 	c.starved = false
+	flushesOnly := c.carrying >= c.server.opts.Workers-1
 	var before *request
 	for r := c.ready.head; r != nil; before, r = r, r.next {
+		if flushesOnly && r.cmd != cmdFlush {
+			continue
+		}
 		if c.obtainBuffer(r) {
 			c.ready.remove(before, r)
 			return r

@@ -539,7 +539,7 @@ func TestServeConn_SlowDeviceIsKnown(t *testing.T) {
 		s.pace.took(paceRead, time.Millisecond)
 	}
 	c, _ := pipeClient(t, s)
-	requests := make([]command, workers-1)
+	requests := make([]command, workers-2)
 	for i := range requests {
 		requests[i] = command{cmd: cmdRead, n: 1}
 	}
@@ -547,9 +547,44 @@ func TestServeConn_SlowDeviceIsKnown(t *testing.T) {
 	for range requests {
 		<-g.entered
 	}
-	c.send(cmdRead, 0, 5, 1, nil) // received by the last worker
+	c.send(cmdRead, 0, 5, 1, nil)
 	<-g.entered
 	g.open()
+}
+
+// TestServeConn_FlushPassesOthers: a flush is carried out while more reads than there are
+// workers wait for the device, before it and after it.
+func TestServeConn_FlushPassesOthers(t *testing.T) {
+	dev := newMemDevice(mib)
+	g := newGate(t)
+	dev.before = func(op string, _, _ int64) error {
+		if op == "read" {
+			g.wait()
+		}
+		return nil
+	}
+	const workers = 4
+	c, _ := pipeClient(t, NewServer(dev, Options{Workers: workers}))
+	reads := make([]command, 2*workers)
+	for i := range reads {
+		reads[i] = command{cmd: cmdRead, n: 1}
+	}
+	for range 2 {
+		c.sendAll(reads...)
+		for range 3 {
+			c.send(cmdFlush, 0, 0, 0, nil)
+			flush := c.cookie
+			if a, err := c.receive(); err != nil || a.cookie != flush || a.errno != 0 {
+				t.Fatalf("reply to %d (%v, error %d), want to the flush %d", a.cookie, err, a.errno, flush)
+			}
+		}
+	}
+	g.open()
+	for range 2 * len(reads) {
+		if a, err := c.receive(); err != nil || a.errno != 0 {
+			t.Fatalf("reply: %v, error %d", err, a.errno)
+		}
+	}
 }
 
 // TestServeConn_OneStuckRequest: a device that suddenly doesn't answer one request goes

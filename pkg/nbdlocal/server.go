@@ -16,8 +16,9 @@ type Options struct {
 	ReadOnly bool
 	// Description is shown to foreign clients that ask for one.
 	Description string
-	// Workers is how many threads a connection has at most, at least 2; 0 means 16.
-	// So many requests of a connection can wait for the device at the same time.
+	// Workers is how many threads a connection has at most, at least 2; 0 means 17.
+	// So many requests of a connection, less one, can wait for the device at the same
+	// time; the last thread goes on receiving, and carries out flushes.
 	Workers int
 	// BufferBytes is the most memory a connection's buffers may take, at least
 	// MinBufferBytes; 0 means 64 MiB. It is given back when the connection is idle.
@@ -30,7 +31,7 @@ const MinBufferBytes = fixedBytes + maxPayloadBytes
 
 func (o *Options) setDefaults() {
 	if o.Workers == 0 {
-		o.Workers = 16
+		o.Workers = 17
 	}
 	o.Workers = max(o.Workers, 2) // one receives while the other carries out
 	if o.BufferBytes == 0 {

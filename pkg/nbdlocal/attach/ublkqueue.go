@@ -335,7 +335,7 @@ func (q *ublkQueue) begin(r *ublkRequest) {
 	}
 	if q.s.pace.slow(r.kind()) {
 		q.taken++
-		q.s.work <- r
+		q.s.leave(r)
 		return
 	}
 	r.carryOut(q.s)

@@ -69,6 +69,7 @@ type ublkServer struct {
 	queues  []*ublkQueue
 	pace    ublkPace
 	work    chan *ublkRequest // for helpers; has room for all requests there can be
+	flushes chan *ublkRequest // … as has this, for which there is one more
 	stopped atomic.Bool
 
 	ending sync.Mutex // guards against a stop that comes when all is closed
@@ -101,6 +102,7 @@ func newUBLKServer(file *os.File, dev block.Device, threads *UBLKThreads) (*ublk
 		return nil, err
 	}
 	s.work = make(chan *ublkRequest, len(s.queues)*ublkDepth)
+	s.flushes = make(chan *ublkRequest, len(s.queues)*ublkDepth)
 	return s, nil
 }
 
@@ -143,8 +145,10 @@ func (s *ublkServer) stop() {
 func (s *ublkServer) run(helpers int) error {
 	var helping sync.WaitGroup
 	for range helpers {
-		helping.Go(s.help)
+		helping.Go(func() { s.help(s.work, s.flushes) })
 	}
+	// A flush waits for no limit: it must not wait for helpers who do.
+	helping.Go(func() { s.help(nil, s.flushes) })
 	ended := make(chan error, len(s.queues))
 	for _, q := range s.queues {
 		q.thread.use <- func() {
@@ -160,13 +164,36 @@ func (s *ublkServer) run(helpers int) error {
 		errs = append(errs, <-ended)
 	}
 	close(s.work)
+	close(s.flushes)
 	helping.Wait()
 	return errors.Join(errs...)
 }
 
-// help carries out requests that queues leave to helpers.
-func (s *ublkServer) help() {
-	for r := range s.work {
+// leave leaves a request to the helpers.
+func (s *ublkServer) leave(r *ublkRequest) {
+	if r.op == ublkOpFlush {
+		s.flushes <- r
+	} else {
+		s.work <- r
+	}
+}
+
+// help carries out requests that queues leave to helpers, until there will be no more.
+func (s *ublkServer) help(work, flushes <-chan *ublkRequest) {
+	for work != nil || flushes != nil {
+		var r *ublkRequest
+		select {
+		case r = <-work:
+			if r == nil {
+				work = nil
+				continue
+			}
+		case r = <-flushes:
+			if r == nil {
+				flushes = nil
+				continue
+			}
+		}
 		r.carryOut(s)
 		r.queue.finish(r)
 	}
