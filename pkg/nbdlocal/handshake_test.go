@@ -333,7 +333,9 @@ func TestServe_ManyClients(t *testing.T) {
 				}
 			})
 		}
-		time.Sleep(10 * time.Millisecond)
+		if !eventually(func() bool { return s.Stats().Reads > 0 }) {
+			t.Fatal("nobody is served")
+		}
 		stopExports(t, e)
 		if err := <-served; err != nil {
 			t.Errorf("Serve: %v", err)
