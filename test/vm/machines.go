@@ -24,7 +24,7 @@ var testMachines = []machine{
 	{name: "memory", memoryMiB: 320, programs: []string{"volumes.test", "csi-imgdisk"}},
 	// Its own tests of what differs where root has all capabilities, and between transports.
 	{name: "supervisor", memoryMiB: 1024, programs: []string{"supervisor.test"},
-		run: "^TestDevice_(FitForMemoryPressure|IdleServer|DetachIsDurable|DetachByForceLeavesNoZombie|AllAndKeeperKilled)$"},
+		run: "^TestDevice_(FitForMemoryPressure|DetachIsDurable|DetachByForceLeavesNoZombie|AllAndKeeperKilled)$"},
 }
 
 // builds are how go makes the programs.

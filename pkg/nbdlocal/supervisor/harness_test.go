@@ -205,7 +205,9 @@ func request(image string) AttachRequest {
 
 func (h *harness) attach(image string) Attachment {
 	h.t.Helper()
-	at, err := h.client.Attach(h.ctx, request(image))
+	r := request(image)
+	r.Transport = h.real // not all are chosen without being asked for
+	at, err := h.client.Attach(h.ctx, r)
 	if err != nil {
 		h.t.Fatal(err)
 	}
