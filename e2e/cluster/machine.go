@@ -65,8 +65,9 @@ func (m *Machine) qemu() []string {
 		// a kernel that changes its own code while it starts.
 		"-smp", "1", "-m", strconv.Itoa(m.memoryMiB),
 		"-kernel", m.c.state.Base.Kernel, "-initrd", m.c.state.Base.Initramfs,
-		// On a loaded machine the methods of ACPI run into their limits of time.
-		"-append", "console=ttyS0 panic=-1 quiet net.ifnames=0 acpi=off mitigations=off nowatchdog no_timer_check",
+		// On a loaded machine ACPI's methods for interrupts run into their limits of time; without
+		// all of ACPI there would be no clock that keeps the time.
+		"-append", "console=ttyS0 panic=-1 quiet net.ifnames=0 acpi=noirq mitigations=off nowatchdog no_timer_check",
 		"-serial", "file:" + consoleFile,
 		"-device", "virtio-rng-pci",
 		"-netdev", "tap,id=net,ifname=" + m.name + ",script=no,downscript=no",
