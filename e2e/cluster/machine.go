@@ -139,7 +139,8 @@ const (
 	bootLimit = 4 * time.Minute
 )
 
-// PowerOn starts the machine and returns when it runs commands; its services may take longer.
+// PowerOn starts the machine and returns when its first process has started all services: the NFS
+// server serves then, a kubelet takes longer until its node is ready.
 // What Cut did to it before it was powered off is undone.
 func (m *Machine) PowerOn(ctx context.Context) error {
 	if m.isOn() {
@@ -175,7 +176,7 @@ func (m *Machine) boot(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
-	if _, err := m.Run(ctx, "true"); err != nil {
+	if _, err := m.Run(ctx, "until [ -e /run/started ]; do sleep 0.2; done"); err != nil {
 		return fmt.Errorf("%s does not start: %w\n%s", m.name, err, lastLines(m.path(consoleFile), 20))
 	}
 	return nil
