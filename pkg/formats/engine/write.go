@@ -1,16 +1,32 @@
 package engine
 
 import (
+	"errors"
 	"fmt"
 )
 
 // WriteAt implements block.Device.
 func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
 	n, err := d.writeAt(p, off)
+	for tries := 0; err != nil && d.madeSpace(err, tries); tries++ {
+		var more int
+		more, err = d.writeAt(p[n:], off+int64(n))
+		n += more
+	}
 	if err == nil {
 		err = d.relieve()
 	}
 	return n, err
+}
+
+// maxSpaceTries bounds how often a request makes space that others then take.
+const maxSpaceTries = 4
+
+// madeSpace reports whether a request that found the image full may find space now: what
+// requests before it have freed, be it in a flush that is running, is free after a flush.
+// The caller holds nothing.
+func (d *Disk) madeSpace(err error, tries int) bool {
+	return tries < maxSpaceTries && errors.Is(err, errFormatFull) && d.Flush() == nil
 }
 
 func (d *Disk) writeAt(p []byte, off int64) (int, error) {

@@ -22,32 +22,40 @@ func (d *Disk) Discard(off, n int64) error {
 // eachRun runs do over a range, piece by piece, as one guest request that changes the
 // disk.
 func (d *Disk) eachRun(off, n int64, do func(off, n int64) (int64, error)) error {
-	if err := d.eachRunGated(off, n, do); err != nil {
+	done, err := d.eachRunGated(off, n, do)
+	for tries := 0; err != nil && d.madeSpace(err, tries); tries++ {
+		var more int64
+		more, err = d.eachRunGated(off+done, n-done, do)
+		done += more
+	}
+	if err != nil {
 		return err
 	}
 	return d.relieve()
 }
 
-func (d *Disk) eachRunGated(off, n int64, do func(off, n int64) (int64, error)) error {
+// eachRunGated returns how much of the range was done.
+func (d *Disk) eachRunGated(off, n int64, do func(off, n int64) (int64, error)) (int64, error) {
 	d.gate.RLock()
 	defer d.gate.RUnlock()
 	if err := d.checkWrite(off, n); err != nil || n == 0 {
-		return err
+		return 0, err
 	}
 	if err := d.begin(); err != nil {
-		return err
+		return 0, err
 	}
-	for n > 0 {
-		done, err := do(off, n)
+	done := int64(0)
+	for done < n {
+		some, err := do(off+done, n-done)
 		if errors.Is(err, errGranulesChanged) {
 			continue
 		}
 		if err != nil {
-			return err
+			return done, err
 		}
-		off, n = off+done, n-done
+		done += some
 	}
-	return d.noted()
+	return done, d.noted()
 }
 
 // zeroSome zeroes leading bytes of a range and returns how many.
