@@ -20,6 +20,13 @@ func (m *image) Begin(c *engine.Commit) error {
 	if err := m.judgeOwners(); err != nil {
 		return fmt.Errorf("vmdk: %w", err)
 	}
+	for i := range m.extents {
+		if se := m.extents[i].se; se != nil {
+			if err := se.begin(c); err != nil {
+				return fmt.Errorf("vmdk: %w", err)
+			}
+		}
+	}
 	if w := m.stream(); w != nil {
 		if err := w.begin(c); err != nil {
 			return fmt.Errorf("vmdk: begin the stream %s: %w", m.layer.Name, err)

@@ -41,7 +41,7 @@ func (m *image) Check(ctx context.Context, c *engine.Commit, progress func(done,
 			continue
 		}
 		if e.se != nil {
-			if err := e.se.check(&result, ctx.Err); err != nil {
+			if err := e.se.check(&result, c, ctx.Err); err != nil {
 				return result, fmt.Errorf("vmdk: check %s: %w", m.layer.Name, err)
 			}
 			continue

@@ -80,7 +80,7 @@ func FuzzHeader(f *testing.F) {
 			}
 		}
 		if h, err := decodeSE(p); err == nil && h.validate(uint64(length)) == nil {
-			if h.directoryOffset+h.directory > uint64(length) || h.volatileOffset >= uint64(length) {
+			if h.directory.end() > uint64(length) || h.volatile.at >= uint64(length) {
 				t.Errorf("accepted %+v in a file of %d sectors", h, length)
 			}
 		}

@@ -14,7 +14,10 @@
 //	change.go       changing grain tables, and adding missing ones
 //	stream.go       compressed grains ("Stream-Optimized Compressed Sparse Extents")
 //	streamwrite.go  writing a stream, once, from its beginning to its end
-//	sesparse.go     ESXi's space-efficient extents
+//	sesparse.go     ESXi's space-efficient extents: headers, and who holds a guest byte
+//	sesparsejournal.go  replaying the journal of one that was not closed
+//	sesparsewrite.go    what is free in one, and changing its tables
+//	sesparsecheck.go    finding out whether its tables, back map and bitmap agree
 //	begin.go        the content identifier (CID)
 //	owners.go       no grain may have two owners when it is written
 //	resize.go       growing and shrinking
@@ -31,15 +34,15 @@
 // Read and written: monolithicSparse; monolithicFlat and vmfs (flat); twoGbMaxExtentSparse
 // and twoGbMaxExtentFlat; vmfsSparse (COWD); header versions 1 to 3; grains of 4 KiB to
 // 4 MiB, of COWD from a sector on; zeroed grains; redundant directories, whose tables are
-// kept equal; delta images that name their parent by CID and file name, or by VirtualBox's
+// kept equal; seSparse extents, whose journal is replayed if they were not closed; delta images that name their parent by CID and file name, or by VirtualBox's
 // UUIDs: then it is looked for among the images beside the child and in the directory
 // above, and must be the only one with that UUID.
 //
 // Written once: streamOptimized, by conversion (engine.Compressor), while it is empty.
 //
 // Read only: streamOptimized, with the directory at the head or, through a footer, at the
-// end; other compressed extents; seSparse extents that were closed properly; images with
-// ZERO extents; extents that say RDONLY; headers with unknown flags; and images with
+// end; other compressed extents; seSparse extents that are not laid out as they should be;
+// images with ZERO extents; extents that say RDONLY; headers with unknown flags; and images with
 // change tracking (changeTrackPath), because what we wrote would be missing from the
 // changes tracked there, and the next incremental backup would miss it; likewise those with
 // I/O filters of vSphere. Overlays can stand on all of them.
@@ -49,8 +52,8 @@
 // tables but a stream's have their place from the start, as holes.
 //
 // Refused, each with a sentence that names it: devices and partitions of a host, encrypted
-// images, an extent without its descriptor, seSparse extents whose journal would have to be
-// replayed (neither it nor what writing would have to keep up is public), file names in
+// images, an extent without its descriptor, seSparse extents whose journal makes no sense of
+// their tables (its checksum is not public: see docs/decisions), file names in
 // other encodings than UTF-8, windows-1252 and ISO-8859-1, extent files and parents that
 // are absolute or lie outside the store, a parent whose CID or UUID is not the one its child
 // was made on, and writing where two entries refer to one grain.
@@ -84,6 +87,14 @@
 // A COWD header says where the next grain goes (freeSector). It is raised, durably, before
 // a table refers to what lies below it: other writers never take a grain in use for free.
 //
+// In an seSparse extent a commit first writes bitmap, back map and the number of the next
+// table, and syncs, before tables: at any moment each grain that an entry on disk names is
+// marked, and its own. A grain that is given back keeps its mark and owner until no entry on
+// disk names it; only the guest grain it was part of may take it again before. A table's
+// number is noted as taken before the directory names it; one that a crash leaves unnamed is
+// found and used. Before the first change the journal is replayed, if it has to be, and made
+// void: old transactions must never be applied to new tables.
+//
 // Begin replaces the CID's digits in place before the first change. Whatever part of them
 // a crash keeps, the CID differs from what overlays have noted, unless nothing was written
 // at all.
@@ -113,7 +124,9 @@
 //
 // A sparse file ends at 2 TiB, which is what an entry can say; new images have at most
 // 5 GiB less, so that their tables fit, too. Images of 2 GiB extents have at most 1024 of
-// them; flat ones 62 TiB, vSphere's limit. The table of a seSparse extent cannot grow.
+// them; flat ones 62 TiB, vSphere's limit. A seSparse extent cannot grow. It is written as
+// long as 2 TiB of it are in use at most; before the first change its tables and its back map
+// are read.
 // Grains that were discarded are punched out of the file, but when the image is closed
 // before they are used again, their place in the file is lost: the format has no map of
 // free space. It is found again when the image is opened once a fifth of the file or more

@@ -12,3 +12,25 @@ func SetSplit(sectors int64) (restore func()) {
 	}
 	return func() { copy(kinds, old) }
 }
+
+// SESparseJournal returns the sequence numbers of the transactions in an extent's journal.
+func SESparseJournal(extent []byte) ([]uint64, error) {
+	h, err := decodeSE(extent[:seHeaderBytes])
+	if err != nil {
+		return nil, err
+	}
+	all, err := decodeSEJournal(extent[h.journal.bytes():h.journal.end()*sectorBytes], &h)
+	var sequences []uint64
+	for _, t := range all {
+		sequences = append(sequences, t.sequence)
+	}
+	return sequences, err
+}
+
+// SetSEMaxLeaving bounds how many grains of an seSparse extent can be taken back before they
+// are free, until restore is called.
+func SetSEMaxLeaving(n int) (restore func()) {
+	old := seMaxLeaving
+	seMaxLeaving = n
+	return func() { seMaxLeaving = old }
+}

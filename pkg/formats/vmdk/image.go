@@ -128,10 +128,31 @@ func (m *image) ReadCompressed(run engine.Run, p []byte) error {
 
 var errFlat = unsupported("a flat extent has no mapping")
 
+// mapped is an extent whose grains have no fixed place: sparse or seSparse.
+type mapped interface {
+	// prepareSet does all of a Codec.Set within the extent that can fail.
+	prepareSet(off, n int64, to engine.State, at engine.Place) error
+	// applySet makes the prepared change.
+	applySet() (unused []engine.Span, err error)
+}
+
+// mapped returns what maps the extent's grains; nil if nothing does.
+func (e *extent) mapped() mapped {
+	switch {
+	case e.sparse != nil:
+		return e.sparse
+	case e.se != nil:
+		return e.se
+	}
+	return nil
+}
+
 // Allocate reserves space for grains in one extent.
 func (m *image) Allocate(off, n int64) (engine.Place, error) {
 	e := m.extentAt(off)
 	switch {
+	case e.se != nil:
+		return e.se.allocate(off, min(n, e.guestEnd-off))
 	case e.sparse == nil:
 		return engine.Place{}, errFlat
 	case e.sparse.stream != nil:
@@ -149,20 +170,21 @@ func (m *image) Set(off, n int64, to engine.State, at engine.Place) ([]engine.Sp
 		return m.setOne(m.extents[0].sparse, off, n, to, at)
 	}
 	// Places are in one extent, so only zeroing and discarding get past the first part.
-	var parts []*sparse
+	var parts []mapped
 	for done := int64(0); done < n; {
 		e := m.extentAt(off + done)
-		if e.sparse == nil {
-			return nil, errFlat
-		}
 		part := n - done
-		if !e.sparse.last {
+		if e.sparse == nil || !e.sparse.last {
 			part = min(part, e.guestEnd-off-done)
 		}
-		if err := e.sparse.prepareSet(off+done, part, to, at); err != nil {
+		s := e.mapped()
+		if s == nil {
+			return nil, errFlat
+		}
+		if err := s.prepareSet(off+done, part, to, at); err != nil {
 			return nil, err
 		}
-		parts = append(parts, e.sparse)
+		parts = append(parts, s)
 		done += part
 	}
 	var unused []engine.Span
@@ -187,7 +209,10 @@ func (m *image) setOne(s *sparse, off, n int64, to engine.State, at engine.Place
 func (m *image) Free(span engine.Span, zeroed bool) {
 	for i := range m.extents {
 		s := m.extents[i].sparse
-		switch {
+		switch se := m.extents[i].se; {
+		case se != nil && se.file == span.File:
+			se.free(span)
+			return
 		case s == nil || s.file != span.File:
 		case s.stream != nil:
 			s.stream.giveBack(span)
@@ -199,25 +224,29 @@ func (m *image) Free(span engine.Span, zeroed bool) {
 	}
 }
 
-// Commit writes the tables, then the directories that name new ones.
+// Commit writes what says which space is used, then the tables, then the directories that
+// name new ones, each durably before the next.
 func (m *image) Commit(c *engine.Commit) error {
 	if err := m.raiseFreeSectors(c); err != nil {
 		return fmt.Errorf("vmdk: %w", err)
 	}
-	if err := c.WriteTables(stageTables); err != nil {
-		return fmt.Errorf("vmdk: %w", err)
-	}
+	var present [1 << 8]bool
 	for _, sector := range c.Sectors() {
-		if sector.Stage != stageDirectories {
+		present[sector.Stage] = true
+	}
+	for stage, first := engine.Stage(0), true; stage < stages; stage++ {
+		if !present[stage] {
 			continue
 		}
-		if err := c.Sync(); err != nil {
+		if !first {
+			if err := c.Sync(); err != nil {
+				return fmt.Errorf("vmdk: %w", err)
+			}
+		}
+		if err := c.WriteTables(stage); err != nil {
 			return fmt.Errorf("vmdk: %w", err)
 		}
-		if err := c.WriteTables(stageDirectories); err != nil {
-			return fmt.Errorf("vmdk: %w", err)
-		}
-		break
+		first = false
 	}
 	return nil
 }
@@ -230,6 +259,10 @@ func (m *image) Finish(c *engine.Commit) error {
 			return fmt.Errorf("vmdk: finish the stream %s: %w", m.layer.Name, err)
 		}
 		return nil
+	}
+	// An seSparse extent notes in its tables what has become free since the last commit.
+	if err := c.CommitTables(); err != nil {
+		return fmt.Errorf("vmdk: %w", err)
 	}
 	for i := range m.extents {
 		s := m.extents[i].sparse

@@ -8,18 +8,22 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/vfs"
 )
 
-// The layout of seSparse extents (ESXi 5.5 and later) is not published. What is known, by
-// other readers and from images: two headers; a directory of 64-bit entries, each of which
-// names a table by its number; tables of 4096 entries, each of which names a grain of 4 KiB
-// by its number. Beside them are a journal, a bitmap of grains in use, and a map from
-// grains back to entries.
+// The layout of seSparse extents (ESXi 5.5 and later) is not published. What is known, from
+// other readers, from what their authors have said, and from an extent that ESXi has
+// written: two headers; a directory of 64-bit entries, each of which names a table by its
+// number; tables of 4096 entries, each of which names a grain of 4 KiB by its number; a
+// bitmap of the grains in use; a map from grains back to the entries that name them; and a
+// journal of sectors that these are to become. The decision record of 2026-11-21 says what is
+// known by what.
 const (
 	seGrainBytes       = 4096
+	seGrainSectors     = seGrainBytes / sectorBytes
 	seTableSectors     = 64
-	seTableEntries     = seTableSectors * sectorBytes / seEntryBytes
+	seTableBytes       = seTableSectors * sectorBytes
+	seTableEntries     = seTableBytes / seEntryBytes
 	seEntryBytes       = 8
+	seEntriesPerSector = sectorBytes / seEntryBytes
 	seVersion          = 0x0000000200000001
-	seVolatileMagic    = 0xcafecafe
 	seHeaderBytes      = sectorBytes
 	seMaxDirectory     = 1 << 22 // entries: 64 TiB
 	seTableMask        = 0xffffffff00000000
@@ -33,13 +37,31 @@ const (
 	seConstFieldsBytes = seConstFields * 8
 )
 
-// seHeader is the constant header of an seSparse extent. Offsets and sizes are in sectors.
+// Where the fields of the volatile header are.
+const (
+	seVolatileMagic  = 0xcafecafe
+	seVolatileFreeGT = 8  // the number of the first grain table that was never used
+	seVolatileNext   = 16 // the sequence number of the next transaction
+	seVolatileReplay = 24 // not 0: the journal has to be replayed
+)
+
+// seRegion is a stretch of an extent's file in sectors.
+type seRegion struct{ at, sectors uint64 }
+
+func (r seRegion) end() uint64  { return r.at + r.sectors }
+func (r seRegion) bytes() int64 { return int64(r.at) * sectorBytes }
+
+// holds reports whether a sector lies in the region.
+func (r seRegion) holds(sector uint64) bool { return sector >= r.at && sector-r.at < r.sectors }
+
+// seHeader is the constant header of an seSparse extent: where everything is.
 type seHeader struct {
-	capacity                   uint64
-	volatileOffset             uint64
-	directoryOffset, directory uint64
-	tablesOffset, tables       uint64
-	grainsOffset, grains       uint64
+	capacity               uint64 // sectors
+	volatile               seRegion
+	journalHeader, journal seRegion
+	directory, tables      seRegion
+	bitmap, backMap        seRegion
+	grains                 seRegion
 }
 
 // decodeSE reads and judges the constant header. It is as strict as what is known: an
@@ -54,8 +76,8 @@ func decodeSE(p []byte) (h seHeader, err error) {
 		return h, corrupt("it does not start with the header of an seSparse extent")
 	case v[1] != seVersion:
 		return h, unsupported("seSparse version %#x, want %#x", v[1], uint64(seVersion))
-	case v[3] != seGrainBytes/sectorBytes:
-		return h, unsupported("seSparse grains of %d sectors, want %d", v[3], seGrainBytes/sectorBytes)
+	case v[3] != seGrainSectors:
+		return h, unsupported("seSparse grains of %d sectors, want %d", v[3], seGrainSectors)
 	case v[4] != seTableSectors:
 		return h, unsupported("seSparse grain tables of %d sectors, want %d", v[4], seTableSectors)
 	case v[5] != 0 || v[6] != 0 || v[7] != 0 || v[8] != 0 || v[9] != 0:
@@ -68,38 +90,75 @@ func decodeSE(p []byte) (h seHeader, err error) {
 			return h, unsupported("the seSparse header says more than is known: want zeroes from byte %d on", seConstFieldsBytes)
 		}
 	}
+	region := func(i int) seRegion { return seRegion{v[i], v[i+1]} }
 	return seHeader{
-		capacity: v[2], volatileOffset: v[10],
-		directoryOffset: v[16], directory: v[17], tablesOffset: v[18], tables: v[19],
-		grainsOffset: v[24], grains: v[25],
+		capacity: v[2], volatile: region(10), journalHeader: region(12), journal: region(14),
+		directory: region(16), tables: region(18), bitmap: region(20), backMap: region(22), grains: region(24),
 	}, nil
 }
 
-// validate checks the places of everything. fileSectors is the file's length.
+// directoryEntries returns how many entries of the directory count.
+func (h *seHeader) directoryEntries() int64 {
+	return int64((h.capacity-1)/(seTableEntries*seGrainSectors) + 1)
+}
+
+// validate checks what reading needs. fileSectors is the file's length.
 func (h *seHeader) validate(fileSectors uint64) error {
-	need := (h.capacity-1)/(seTableEntries*seGrainBytes/sectorBytes) + 1
+	need := (h.capacity-1)/(seTableEntries*seGrainSectors) + 1
 	switch {
 	case need > seMaxDirectory:
 		return corrupt("the seSparse capacity of %d sectors needs %d grain tables, want at most %d", h.capacity, need, seMaxDirectory)
-	case h.directory > seMaxDirectory || h.directory*sectorBytes/seEntryBytes < need:
-		return corrupt("the seSparse grain directory has %d sectors, but %d grain tables need an entry each", h.directory, need)
-	case !within(h.directoryOffset, h.directory, fileSectors):
-		return corrupt("the seSparse grain directory, %d sectors at sector %d, lies outside the file of %d sectors", h.directory, h.directoryOffset, fileSectors)
-	case h.tablesOffset > fileSectors || h.grainsOffset > 1<<53 || h.tables > 1<<53 || h.grains > 1<<53:
-		return corrupt("the seSparse tables start at sector %d and the grains at sector %d of a file of %d", h.tablesOffset, h.grainsOffset, fileSectors)
-	case !within(h.volatileOffset, 1, fileSectors):
-		return corrupt("the seSparse volatile header at sector %d lies outside the file of %d sectors", h.volatileOffset, fileSectors)
+	case h.directory.sectors > seMaxDirectory || h.directory.sectors*seEntriesPerSector < need:
+		return corrupt("the seSparse grain directory has %d sectors, but %d grain tables need an entry each", h.directory.sectors, need)
+	case !h.directory.within(fileSectors):
+		return corrupt("the seSparse grain directory, %d sectors at sector %d, lies outside the file of %d sectors",
+			h.directory.sectors, h.directory.at, fileSectors)
+	case h.tables.at > fileSectors || h.grains.at > 1<<53 || h.tables.sectors > 1<<53 || h.grains.sectors > 1<<53:
+		return corrupt("the seSparse tables start at sector %d and the grains at sector %d of a file of %d", h.tables.at, h.grains.at, fileSectors)
+	case !(seRegion{h.volatile.at, 1}).within(fileSectors):
+		return corrupt("the seSparse volatile header at sector %d lies outside the file of %d sectors", h.volatile.at, fileSectors)
 	}
 	return nil
 }
 
-// within reports whether n sectors at a sector lie past the first one and inside a file.
-func within(at, n, fileSectors uint64) bool {
-	return at >= 1 && n >= 1 && at <= fileSectors && n <= fileSectors-at
+// within reports whether the region lies past the first sector and inside a file.
+func (r seRegion) within(fileSectors uint64) bool {
+	return r.at >= 1 && r.sectors >= 1 && r.at <= fileSectors && r.sectors <= fileSectors-r.at
 }
 
-// seSparse is an extent of ESXi's space-efficient sparse kind. It is not written: what its
-// journal must hold is not known.
+// validateAll checks what replaying and writing need beside: all of the metadata inside the
+// file, nothing in two regions, and the grains behind the rest as far as the file goes.
+func (h *seHeader) validateAll(fileSectors uint64) error {
+	named := []struct {
+		name string
+		seRegion
+	}{
+		{"volatile header", h.volatile}, {"journal header", h.journalHeader}, {"journal", h.journal},
+		{"grain directory", h.directory}, {"grain tables", h.tables}, {"free bitmap", h.bitmap}, {"back map", h.backMap},
+	}
+	for i, r := range named {
+		if !r.within(fileSectors) {
+			return corrupt("the seSparse %s, %d sectors at sector %d, lies outside the file of %d sectors", r.name, r.sectors, r.at, fileSectors)
+		}
+		for _, other := range named[:i] {
+			if r.at < other.end() && other.at < r.end() {
+				return corrupt("the seSparse %s and %s overlap, at sectors %d and %d", other.name, r.name, other.at, r.at)
+			}
+		}
+		if h.grains.at < r.end() && r.at < h.grains.end() {
+			return corrupt("the seSparse %s and the grains overlap, at sectors %d and %d", r.name, r.at, h.grains.at)
+		}
+	}
+	switch {
+	case h.grains.at > fileSectors:
+		return corrupt("the seSparse grains start at sector %d of a file of %d", h.grains.at, fileSectors)
+	case h.journal.sectors > seMaxJournalSectors:
+		return unsupported("the seSparse journal has %d sectors, want at most %d", h.journal.sectors, seMaxJournalSectors)
+	}
+	return nil
+}
+
+// seSparse is an extent of ESXi's space-efficient sparse kind.
 type seSparse struct {
 	tables *engine.Tables
 	f      vfs.File
@@ -108,6 +167,11 @@ type seSparse struct {
 
 	guestOff, guestEnd int64
 	fileEnd            int64
+
+	dirty      *seReplayedFile // f, if it was not closed; nil if it was
+	unwritable error           // why it is not written, nil if it can be
+	space      *seSpace        // nil until the first change
+	plan       seChange        // scratch of prepareSet
 }
 
 // addSESparse opens an seSparse extent.
@@ -123,37 +187,24 @@ func (o *opener) addSESparse(f vfs.File, size int64, line *extentLine) error {
 	if err != nil {
 		return fmt.Errorf("header of %s: %w", f.Name(), err)
 	}
-	if err := checkVolatile(f, &h); err != nil {
-		return err
-	}
 	if sectors := uint64(line.sectors); sectors > h.capacity {
 		return corrupt("the descriptor gives it %d sectors, its header %d", sectors, h.capacity)
 	}
 	start := o.guestEnd()
 	s := &seSparse{
-		f: f, file: len(o.files) - 1, header: h,
+		f: f, file: len(o.files) - 1, header: h, unwritable: h.validateAll(uint64(size) / sectorBytes),
 		guestOff: start, guestEnd: start + line.sectors*sectorBytes, fileEnd: size,
 	}
-	o.image.readOnly = "what writing to an seSparse extent has to keep up is not public"
+	if err := s.openJournal(); err != nil {
+		return err
+	}
+	if s.dirty != nil {
+		o.files[s.file] = s.dirty
+	}
+	if s.unwritable != nil {
+		o.image.readOnly = s.unwritable.Error()
+	}
 	o.image.extents = append(o.image.extents, extent{guestOff: start, guestEnd: s.guestEnd, file: s.file, se: s})
-	return nil
-}
-
-// checkVolatile refuses an extent that was not closed: its tables are not what they should
-// be until its journal is replayed, and how is not known.
-func checkVolatile(f vfs.File, h *seHeader) error {
-	p := make([]byte, sectorBytes)
-	if err := readFull(f, p, int64(h.volatileOffset)*sectorBytes); err != nil {
-		return fmt.Errorf("read the volatile header: %w", err)
-	}
-	le := binary.LittleEndian
-	switch {
-	case le.Uint64(p) != seVolatileMagic:
-		return corrupt("%s: the seSparse volatile header starts with %#x, want %#x", f.Name(), le.Uint64(p), uint64(seVolatileMagic))
-	case le.Uint64(p[24:]) != 0:
-		return unsupported("%s was not closed, and its journal has to be replayed, in a format that is not public: "+
-			"start and stop its machine on ESXi, or clone it there (vmkfstools -i)", f.Name())
-	}
 	return nil
 }
 
@@ -228,11 +279,14 @@ func seGrainNumber(entry uint64) uint64 {
 	return entry&0x0fff000000000000>>48 | entry&0x0000ffffffffffff<<12
 }
 
+// seGrainEntry returns what in an entry names a grain: the opposite of seGrainNumber.
+func seGrainEntry(number uint64) uint64 { return number<<48&0x0fff000000000000 | number>>12 }
+
 // grainAt returns where a grain is in the file.
 func (s *seSparse) grainAt(number uint64) (int64, bool) {
-	end := min(uint64(s.fileEnd)/sectorBytes, s.header.grainsOffset+s.header.grains)
-	sector := s.header.grainsOffset + number*seGrainBytes/sectorBytes
-	ok := number <= end && sector <= end && end-sector >= seGrainBytes/sectorBytes
+	end := min(uint64(s.fileEnd)/sectorBytes, s.header.grains.end())
+	sector := s.header.grains.at + number*seGrainSectors
+	ok := number <= end && sector <= end && end-sector >= seGrainSectors
 	return int64(sector) * sectorBytes, ok
 }
 
@@ -243,7 +297,7 @@ func (s *seSparse) badEntry(grain int64, entry uint64) error {
 
 // tableAt returns where a grain table is in the file, 0 if there is none.
 func (s *seSparse) tableAt(table int64) (int64, error) {
-	p, err := s.tables.View(s.file, int64(s.header.directoryOffset)*sectorBytes+table*seEntryBytes)
+	p, err := s.tables.View(s.file, s.header.directory.bytes()+table*seEntryBytes)
 	if err != nil {
 		return 0, err
 	}
@@ -251,69 +305,31 @@ func (s *seSparse) tableAt(table int64) (int64, error) {
 	if entry == 0 {
 		return 0, nil
 	}
-	number := entry &^ seTableMask
-	at := s.header.tablesOffset + number*seTableSectors
-	end := min(uint64(s.fileEnd)/sectorBytes, s.header.tablesOffset+s.header.tables)
-	if entry&seTableMask != seTableAllocated || at+seTableSectors > end {
-		return 0, corrupt("grain directory entry %d of %s is %#x: its table lies outside the tables, or it is of an unknown kind",
-			table, s.f.Name(), entry)
+	number, ok := s.tableNumber(entry)
+	if !ok {
+		return 0, s.badTable(table, entry)
 	}
-	return int64(at) * sectorBytes, nil
+	return s.tableOff(number), nil
+}
+
+// tableNumber returns which table a directory entry names.
+func (s *seSparse) tableNumber(entry uint64) (number uint64, ok bool) {
+	number = entry &^ seTableMask
+	end := min(uint64(s.fileEnd)/sectorBytes, s.header.tables.end())
+	return number, entry&seTableMask == seTableAllocated && s.header.tables.at+(number+1)*seTableSectors <= end
+}
+
+func (s *seSparse) tableOff(number uint64) int64 {
+	return s.header.tables.bytes() + int64(number)*seTableBytes
+}
+
+func (s *seSparse) badTable(table int64, entry uint64) error {
+	return corrupt("grain directory entry %d of %s is %#x: its table lies outside the tables, or it is of an unknown kind",
+		table, s.f.Name(), entry)
 }
 
 // granule returns the grain around a guest offset.
 func (s *seSparse) granule(off int64) (start, end int64) {
 	start = off - (off-s.guestOff)%seGrainBytes
 	return start, min(start+seGrainBytes, s.guestEnd)
-}
-
-// check examines all tables: entries must be of known kinds, inside the file, and no two
-// may refer to one grain.
-func (s *seSparse) check(result *engine.CheckResult, canceled func() error) error {
-	grains := (s.guestEnd - s.guestOff + seGrainBytes - 1) / seGrainBytes
-	result.TotalClusters += grains
-	used := map[uint64][]uint64{} // bits of grains, by number/64/512
-	previous := int64(-1)
-	for grain := int64(0); grain < grains; grain++ {
-		if grain%seTableEntries == 0 {
-			if err := canceled(); err != nil {
-				return err
-			}
-		}
-		off := s.guestOff + grain*seGrainBytes
-		run, err := s.runAt(grain, off, s.guestEnd-off)
-		if err != nil {
-			problem := engine.Problem{Corrupt: true, Text: err.Error()}
-			report(result, problem)
-			if tableOff, err := s.tableAt(grain / seTableEntries); err != nil || tableOff == 0 {
-				grain += seTableEntries - 1 - grain%seTableEntries
-			}
-			continue
-		}
-		if run.State == engine.Absent && run.Len > seGrainBytes {
-			grain += seTableEntries - 1 - grain%seTableEntries
-			continue
-		}
-		if run.State != engine.Data {
-			continue
-		}
-		number := uint64(run.FileOff/sectorBytes-int64(s.header.grainsOffset)) / (seGrainBytes / sectorBytes)
-		page := used[number>>15]
-		if page == nil {
-			page = make([]uint64, 512)
-			used[number>>15] = page
-		}
-		if bit := uint64(1) << (number & 63); page[number>>6&511]&bit != 0 {
-			report(result, engine.Problem{Corrupt: true, Text: fmt.Sprintf("grain %d of %s: grain number %d is another's, too", grain, s.f.Name(), number)})
-		} else {
-			page[number>>6&511] |= bit
-		}
-		result.AllocatedCount++
-		if previous >= 0 && run.FileOff != previous+seGrainBytes {
-			result.Fragmented++
-		}
-		previous = run.FileOff
-		result.ImageEndOffset = max(result.ImageEndOffset, run.FileOff+seGrainBytes)
-	}
-	return nil
 }

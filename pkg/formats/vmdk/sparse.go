@@ -28,10 +28,13 @@ const (
 	tablesBeforeHoles = 8
 )
 
-// Stages of a commit: a directory must not name a table that is not there yet.
+// Stages of a commit: a table must not name a grain that another use may still be made of,
+// nor a directory a table that is not there yet.
 const (
-	stageTables      engine.Stage = 0
-	stageDirectories engine.Stage = 1
+	stageSpace engine.Stage = iota // of seSparse extents: free bitmap, back map, next table
+	stageTables
+	stageDirectories
+	stages
 )
 
 // sparse is a hosted or COWD sparse extent: a grain directory names grain tables, whose entries

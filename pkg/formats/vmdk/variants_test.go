@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats/vmdk"
@@ -86,4 +87,50 @@ func (s split) Create(ctx context.Context, req formats.CreateRequest) (err error
 		return err
 	}
 	return req.FS.SyncDir(".")
+}
+
+// seSparse creates seSparse images, of which there are otherwise only ESXi's: a COWD image
+// whose extent is replaced, and then what the descriptor says of it.
+type seSparse struct{ vmdk.Format }
+
+func (s seSparse) Create(ctx context.Context, req formats.CreateRequest) error {
+	req.Subformat, req.ClusterBytes = "vmfsSparse", 0
+	if err := s.Format.Create(ctx, req); err != nil {
+		return err
+	}
+	size := req.SizeBytes
+	if size == 0 {
+		size = req.Parent.Layer.Codec.Geometry().SizeBytes
+	}
+	name := strings.TrimSuffix(req.Name, ".vmdk") + "-delta.vmdk"
+	err := changeFile(req.FS, name, func(f vfs.File) error {
+		if err := f.Truncate(0); err != nil {
+			return err
+		}
+		_, err := f.WriteAt(newSELayout(size).extent(), 0)
+		return err
+	})
+	if err != nil {
+		return errors.Join(err, req.FS.Remove(req.Name))
+	}
+	err = changeFile(req.FS, req.Name, func(f vfs.File) error {
+		n, err := f.Size()
+		if err != nil {
+			return err
+		}
+		text := make([]byte, n)
+		if _, err := f.ReadAt(text, 0); err != nil {
+			return err
+		}
+		changed := strings.NewReplacer("\"vmfsSparse\"", "\"seSparse\"", " VMFSSPARSE ", " SESPARSE ").Replace(string(text))
+		if err := f.Truncate(int64(len(changed))); err != nil {
+			return err
+		}
+		_, err = f.WriteAt([]byte(changed), 0)
+		return err
+	})
+	if err != nil {
+		return errors.Join(err, req.FS.Remove(name))
+	}
+	return nil
 }

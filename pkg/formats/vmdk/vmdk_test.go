@@ -46,6 +46,11 @@ func factories() []formattest.Factory {
 			Overlay: &formats.CreateRequest{Subformat: "vmfsSparse", ClusterBytes: 512},
 		},
 		{
+			Name: "sesparse", Format: seSparse{}, QEMU: "vmdk", CannotGrow: true, CanRebase: true, RepairsLeaks: true,
+			Create:  formats.CreateRequest{ClusterBytes: 4 << 10},
+			Overlay: &formats.CreateRequest{ClusterBytes: 4 << 10},
+		},
+		{
 			Name: "stream", Format: vmdk.Format{}, QEMU: "vmdk", FilledOnly: true, Compressed: true,
 			Create: formats.CreateRequest{Subformat: "streamOptimized", ClusterBytes: 4 << 10},
 		},
@@ -75,7 +80,7 @@ func TestConformance_Split(t *testing.T) {
 
 func TestKillProcess(t *testing.T) {
 	for _, f := range factories() {
-		if f.Name == "sparse" || f.Name == "cowd" || f.Name == "split" {
+		if f.Name == "sparse" || f.Name == "cowd" || f.Name == "sesparse" || f.Name == "split" {
 			t.Run(f.Name, func(t *testing.T) { formattest.KillProcess(t, f) })
 		}
 	}
