@@ -25,9 +25,6 @@ const (
 	plainLoop         = "loop device"
 )
 
-// deviceFormats are those that are measured as block devices.
-var deviceFormats = []string{rawName, vmdkName, "qcow2", "vdi", "vhdx"}
-
 const (
 	// removePatience is how long a device may be in use after its load, by whoever looks
 	// at new devices.
@@ -61,7 +58,7 @@ func (b *bench) measureDevices(ctx context.Context) error {
 		b.skip("block devices", errors.New("making them needs root"))
 		return nil
 	}
-	for _, format := range deviceFormats {
+	for _, format := range mainFormats {
 		if _, err := formats.Lookup(format); err != nil || !slices.Contains(b.formats, format) {
 			continue
 		}
