@@ -33,6 +33,8 @@ type seSurvey struct {
 
 	allocated, fragmented int64
 	previous, end         int64 // of the grain before, in the file; of all of them
+
+	table [seTableBytes]byte // scratch
 }
 
 // takeSurvey calls found for each thing that is wrong, until it returns an error.
@@ -78,10 +80,7 @@ func (v *seSurvey) takeTables() error {
 func (v *seSurvey) takeDirectoryEntry(table int64, entry uint64) error {
 	s := v.s
 	number, ok := s.tableNumber(entry)
-	if ok && v.isPlaced() && number >= v.tables.limit {
-		ok = false
-	}
-	if !ok {
+	if !ok || number >= v.tables.limit {
 		return v.found(seFinding{corrupt: true, text: s.badTable(table, entry).Error()})
 	}
 	if v.tables.has(number) {
@@ -91,7 +90,7 @@ func (v *seSurvey) takeDirectoryEntry(table int64, entry uint64) error {
 	if err := v.canceled(); err != nil {
 		return err
 	}
-	entries := make([]byte, seTableBytes)
+	entries := v.table[:]
 	if err := s.tables.Read(s.file, s.tableOff(number), entries); err != nil {
 		return err
 	}

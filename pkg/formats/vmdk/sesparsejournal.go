@@ -20,7 +20,7 @@ const (
 	seJournalHeaderMagic = 0xdeafc0de
 	seJournalHeaderNext  = 8 // the sequence number of the next transaction
 
-	seMaxJournalSectors = 16 << 20 / sectorBytes
+	seMaxJournalSectors = 4 << 20 / sectorBytes // ESXi's have 1 MiB
 	seSlotSectors       = 25
 
 	seTransactionMagic    = 0xc0ffee
@@ -178,7 +178,7 @@ func (s *seSparse) tryReplay(run, touching []seTransaction) error {
 	}
 	file := &seReplayedFile{File: s.f}
 	file.pending.Store(r)
-	v := newSEVerifier(file, s)
+	v := newSEVerifier(file, s, touching)
 	if err := v.verify(touching); err != nil {
 		return err
 	}
@@ -317,13 +317,21 @@ func (s *seSparse) voidJournal(c *engine.Commit) error {
 type seVerifier struct {
 	file      vfs.File
 	s         *seSparse
-	guests    map[uint64]int64 // the directory entry that names a table, by its number
+	guests    map[uint64]int64 // the directory entries that name the touched tables; -1: none
 	freeTable uint64           // the first number that no table has
 	sector    [sectorBytes]byte
 }
 
-func newSEVerifier(file vfs.File, s *seSparse) *seVerifier {
-	return &seVerifier{file: file, s: s, guests: map[uint64]int64{}}
+func newSEVerifier(file vfs.File, s *seSparse, touching []seTransaction) *seVerifier {
+	v := &seVerifier{file: file, s: s, guests: map[uint64]int64{}}
+	for _, t := range touching {
+		for _, c := range t.sectors {
+			if s.header.tables.holds(c.at) {
+				v.guests[(c.at-s.header.tables.at)/seTableSectors] = -1
+			}
+		}
+	}
+	return v
 }
 
 func (v *seVerifier) verify(touching []seTransaction) error {
@@ -345,9 +353,10 @@ func (v *seVerifier) verify(touching []seTransaction) error {
 	return nil
 }
 
-// readDirectory notes which entry names which table.
+// readDirectory judges the whole directory, and notes which entries name touched tables.
 func (v *seVerifier) readDirectory() error {
 	h := &v.s.header
+	named := newSEBits(min(h.tables.sectors/seTableSectors, seMaxDirectory))
 	chunk := make([]byte, 1<<20)
 	for first, count := int64(0), h.directoryEntries(); first < count; {
 		p := chunk[:min(int64(len(chunk)), (count-first)*seEntryBytes)]
@@ -360,13 +369,16 @@ func (v *seVerifier) readDirectory() error {
 				continue
 			}
 			number, ok := v.s.tableNumber(entry)
-			if !ok {
+			if !ok || number >= named.limit {
 				return v.s.badTable(first+i, entry)
 			}
-			if _, twice := v.guests[number]; twice {
+			if named.has(number) {
 				return corrupt("grain directory entry %d of %s names grain table %d, as another does", first+i, v.s.f.Name(), number)
 			}
-			v.guests[number] = first + i
+			named.add(number)
+			if _, touched := v.guests[number]; touched {
+				v.guests[number] = first + i
+			}
 			v.freeTable = max(v.freeTable, number+1)
 		}
 		first += int64(len(p)) / seEntryBytes
@@ -414,9 +426,9 @@ func (v *seVerifier) sectorEntries(r seRegion, first uint64) ([seEntriesPerSecto
 // verifyEntries judges a sector of a grain table: the grains that it names are in the file
 // and in use, and say that they are its own.
 func (v *seVerifier) verifyEntries(first uint64) error {
-	guest, named := v.guests[first/seTableEntries]
-	if !named {
-		return nil
+	guest := v.guests[first/seTableEntries]
+	if guest < 0 {
+		return nil // nobody gets to see it
 	}
 	entries, err := v.sectorEntries(v.s.header.tables, first)
 	if err != nil {
