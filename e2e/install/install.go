@@ -40,6 +40,9 @@ const (
 // SmallBytes is the size of the file system that StoreSmall is on.
 const SmallBytes = 64 << 20
 
+// MaxVolumes is how many volumes a node takes: half of what TestMany makes, and some.
+const MaxVolumes = 40
+
 // StorePath is a store's directory on the NFS server, and in its export.
 func StorePath(store string) string { return cluster.ExportPath + "/" + store }
 
@@ -88,6 +91,9 @@ func values(driverImage string) map[string]any {
 	return map[string]any{
 		"image":  map[string]any{"repository": repository, "tag": tag, "pullPolicy": "Never"},
 		"stores": stores,
+		// What upstream's suite is told that the driver can, package suite.
+		"csiDriver": map[string]any{"storageCapacity": true},
+		"node":      map[string]any{"maxVolumes": MaxVolumes},
 		"storageClasses": []any{map[string]any{
 			"name": StorageClass, "default": true, "parameters": map[string]any{"store": StoreMain},
 		}},

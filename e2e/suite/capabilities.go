@@ -6,31 +6,31 @@ import (
 	"slices"
 )
 
-// capabilities are what driver.yaml claims, each with tests that a driver without it would
-// be skipped in, or fail. All of the first test of each are a short run.
+// capabilities are what driver.yaml claims and what else the driver does, each with tests of
+// which a driver without it would be skipped in all or fail. They are a short run.
 var capabilities = []struct {
 	name  string
-	tests string // regular expression, of at least one test's full name
+	tests string // regular expression, found in at least one test's name
 }{
 	{"persistence", `Dynamic PV \(default fs\)\] volumes should store data`},
-	{"xfs", `Dynamic PV \(xfs\)\].* volumes should store data`},
+	{"xfs", `Dynamic PV \(xfs\)\] \[Slow\] volumes should store data`},
 	{"block", `Dynamic PV \(block volmode\)\] volumes should store data`},
 	{"exec", `Dynamic PV \(default fs\)\] volumes should allow exec of files on the volume`},
-	{"fsGroup", `Dynamic PV \(default fs\)\] fsgroupchangepolicy \(OnRootMismatch\)\[LinuxOnly\], pod created with an initial fsgroup, new pod fsgroup applied to volume contents`},
 	{"mount options", `Dynamic PV \(default fs\)\] provisioning should provision storage with mount options`},
-	{"snapshotDataSource", `Dynamic PV \(default fs\)\] provisioning should provision storage with snapshot data source`},
-	{"snapshotDataSource of a volume in use", `Dynamic Snapshot \(delete policy\)\] snapshottable\[Feature:VolumeSnapshotDataSource\] volume snapshot controller\s+should check snapshot fields, check restore correctly works, check deletion \(persistent\)`},
+	{"fsGroup", `Dynamic PV \(default fs\)\] fsgroupchangepolicy \(OnRootMismatch\)\[LinuxOnly\], pod created with an initial fsgroup, new pod fsgroup applied`},
+	{"snapshotDataSource", `Dynamic PV \(default fs\)\] provisioning should provision storage with snapshot data source \[`},
+	{"snapshots of volumes in use", `Dynamic Snapshot \(delete policy\)\] snapshottable .*after modifying source data, check deletion \(persistent\)`},
 	{"pvcDataSource", `Dynamic PV \(default fs\)\] provisioning should provision storage with pvc data source$`},
-	{"multipods", `Dynamic PV \(filesystem volmode\)\] multiVolume \[Slow\] should concurrently access the single volume from pods on the same node$`},
-	{"offlineExpansion", `Dynamic PV \(default fs\)\(allowExpansion\)\] volume-expand should resize volume when PVC is edited while pod is not using it|Dynamic PV \(default fs\)\(allowExpansion\)\] volume-expand Verify if offline PVC expansion works`},
-	{"onlineExpansion", `Dynamic PV \(default fs\)\(allowExpansion\)\] volume-expand should resize volume when PVC is edited while pod is using it|Dynamic PV \(default fs\)\(allowExpansion\)\] volume-expand.*online`},
-	{"readWriteOncePod", `read-write-once-pod.*should block a second pod from using an in-use ReadWriteOncePod volume on the same node`},
-	{"capReadOnlyMany", `should.*read.?only.*many|ROX`},
-	{"multiplePVsSameID", `multiple PVs with the same volumeHandle on the same node`},
-	{"volumeLimits", `volumeLimits should support volume limits`},
+	{"capReadOnlyMany", `Dynamic PV \(default fs\)\] provisioning should provision storage with pvc data source \(ROX mode\)`},
+	{"multipods", `Dynamic PV \(filesystem volmode\)\] multiVolume \[Slow\] should concurrently access the single volume from pods on the same node`},
+	{"multiplePVsSameID", `Dynamic PV \(default fs\)\] provisioning should mount multiple PV pointing to the same storage on the same node`},
+	{"offlineExpansion", `Dynamic PV \(default fs\)\(allowExpansion\)\] volume-expand Verify if offline PVC expansion works`},
+	{"onlineExpansion", `Dynamic PV \(default fs\)\(allowExpansion\)\] volume-expand should resize volume when PVC is edited while pod is using it`},
+	{"readWriteOncePod", `read-write-once-pod should block a second pod from using an in-use ReadWriteOncePod volume on the same node`},
+	{"volumeLimits", `Dynamic PV \(filesystem volmode\)\] volumeLimits should verify that all csinodes have volume limits`},
 	{"capacity", `capacity provides storage capacity information`},
-	{"VolumeAttributesClass", `volume-modify.*should create a volume with VAC`},
-	{"ephemeral", `Generic Ephemeral-volume \(default fs\)\] ephemeral should create read/write inline ephemeral volume`},
+	{"VolumeAttributesClass", `Dynamic PV \(default fs\)\] volume-modify .*should modify volume with no VAC`},
+	{"ephemeral", `Generic Ephemeral-volume \(default fs\) \(late-binding\)\] ephemeral should create read/write inline ephemeral volume`},
 }
 
 // uncovered returns the capabilities of which no test passed, and those of which one was
