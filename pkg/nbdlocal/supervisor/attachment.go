@@ -67,7 +67,7 @@ type attachment struct {
 	problem    error
 	restarts   int
 	recoveries int
-	steady     time.Time // since when it has been serving
+	steady     time.Time // since when it has been serving; zero if it isn't
 	backoff    time.Duration
 	retry      <-chan time.Time
 
@@ -188,9 +188,10 @@ func (a *attachment) noteFaded() {
 func (a *attachment) interrupted(cause error) {
 	a.problem = cause
 	a.rec.Phase = Recovering // recorded when recovery begins
-	if time.Since(a.steady) > steadyAfter {
+	if !a.steady.IsZero() && time.Since(a.steady) > steadyAfter {
 		a.backoff = 0
 	}
+	a.steady = time.Time{} // once: what fails again before it serves is tried at longer intervals
 	a.tryLater()
 }
 
