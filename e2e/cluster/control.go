@@ -137,7 +137,7 @@ func (p *controlPlane) snapshots(ctx context.Context, crds []string) error {
 // Limits of waiting, for a machine that others load, too.
 const (
 	apiReadyLimit   = 5 * time.Minute
-	nodesReadyLimit = 10 * time.Minute
+	nodesReadyLimit = 20 * time.Minute
 )
 
 // waitAPI waits until the API server is ready.

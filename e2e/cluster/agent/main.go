@@ -20,6 +20,7 @@ func main() {
 		os.Exit(1)
 	}
 	var serving sync.WaitGroup
+	b := newBell()
 	for _, path := range names {
 		name, err := os.ReadFile(path)
 		if err != nil || !strings.HasPrefix(string(name), wire.PortPrefix) {
@@ -28,7 +29,7 @@ func main() {
 		device := filepath.Join("/dev", filepath.Base(filepath.Dir(path)))
 		serving.Go(func() {
 			for {
-				err := serve(device)
+				err := serve(device, b)
 				fmt.Fprintf(os.Stderr, "agent: %s: %v\n", device, err)
 				time.Sleep(time.Second)
 			}

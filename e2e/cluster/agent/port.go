@@ -17,24 +17,28 @@ import (
 )
 
 // whenAlone is how long to wait when nobody is connected to a port, which then reads as
-// being at its end.
-const whenAlone = 50 * time.Millisecond
+// being at its end. The bell rings earlier.
+const whenAlone = time.Second
 
 // port is one that is served.
 type port struct {
 	file    *os.File
+	bell    *bell
 	writing sync.Mutex
 	current *command // nil: none
 }
 
 // serve runs what a port asks for, until the port fails.
-func serve(device string) error {
+func serve(device string, b *bell) error {
 	file, err := os.OpenFile(device, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
 	defer file.Close()
-	return (&port{file: file}).serve()
+	if err := signalWhenConnected(file); err != nil {
+		return err
+	}
+	return (&port{file: file, bell: b}).serve()
 }
 
 func (p *port) serve() error {
@@ -42,13 +46,17 @@ func (p *port) serve() error {
 	lines := bufio.NewReaderSize(p.file, 2*wire.ChunkBytes)
 	var line []byte
 	for {
+		rung := p.bell.next()
 		part, err := lines.ReadBytes('\n')
 		line = append(line, part...)
 		switch {
 		case errors.Is(err, io.EOF):
 			p.stop()
 			line = nil
-			time.Sleep(whenAlone)
+			select {
+			case <-rung:
+			case <-time.After(whenAlone):
+			}
 			continue
 		case err != nil:
 			return err

@@ -33,7 +33,7 @@ func newClient(t *testing.T) *client {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_ = (&port{file: served}).serve() // ends when it is closed
+		_ = (&port{file: served, bell: newBell()}).serve() // ends when it is closed
 	}()
 	t.Cleanup(func() {
 		ours.Close()
@@ -128,6 +128,25 @@ func TestPort_AfterKilledClient(t *testing.T) {
 		if time.Now().After(end) {
 			t.Fatalf("process %d of the former command still runs", old)
 		}
+	}
+}
+
+// TestBell: who has listened before it rang hears it.
+func TestBell(t *testing.T) {
+	b := newBell()
+	first := b.next()
+	select {
+	case <-first:
+		t.Error("it rings by itself")
+	default:
+	}
+	if err := syscall.Kill(os.Getpid(), unix.SIGIO); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-first:
+	case <-time.After(time.Minute):
+		t.Error("a signal does not ring it")
 	}
 }
 
