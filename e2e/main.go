@@ -7,7 +7,7 @@
 //	test    brings one up of its own, runs the tests, takes it down
 //
 // Packages: parts builds programs and images, cluster runs them, install installs the chart,
-// tests are the tests, suite runs Kubernetes's own. What takes long is kept in .cache/e2e.
+// tests are the tests, the last of which runs Kubernetes's own (suite). What takes long is kept in .cache/e2e.
 package main
 
 import (
@@ -110,8 +110,8 @@ func checkMachine() error {
 func parseTest(ctx context.Context, p paths, args []string) error {
 	var t testRun
 	flags := flag.NewFlagSet("test", flag.ContinueOnError)
-	flags.BoolVar(&t.full, "full", false, "run all of the upstream storage suite, too")
-	flags.StringVar(&t.run, "run", "", "only run the tests that match, as go test -run does, and the storage suite if "+suiteName+" does")
+	flags.BoolVar(&t.full, "full", false, "run all of Kubernetes's own storage suite, not only what touches each capability once")
+	flags.StringVar(&t.run, "run", "", "only run the tests that match, as go test -run does")
 	flags.BoolVar(&t.keep, "keep", false, "leave the cluster up when a test failed; e2e down takes it down")
 	if err := flags.Parse(args); err != nil {
 		return err

@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -16,7 +15,6 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/e2e/cluster"
 	"github.com/csi-imgdisk/csi-imgdisk/e2e/install"
 	"github.com/csi-imgdisk/csi-imgdisk/e2e/parts"
-	"github.com/csi-imgdisk/csi-imgdisk/e2e/suite"
 )
 
 // start builds what is missing, brings a cluster up in dir and installs the driver.
@@ -120,8 +118,11 @@ type testRun struct {
 	keep bool
 }
 
-// testLimit is for all tests of package tests together.
-const testLimit = 40 * time.Minute
+// Limits of all tests together.
+const (
+	testLimit     = 40 * time.Minute
+	fullTestLimit = 12 * time.Hour
+)
 
 func (t testRun) do(ctx context.Context, p paths) error {
 	if err := removeLeftovers(ctx, p); err != nil {
@@ -133,8 +134,7 @@ func (t testRun) do(ctx context.Context, p paths) error {
 		return err
 	}
 	if err == nil {
-		// One that fails says nothing of the other.
-		err = errors.Join(t.tests(ctx, p, dir), t.suite(ctx, p, c))
+		err = t.tests(ctx, p, dir)
 	}
 	background := context.WithoutCancel(ctx)
 	if err != nil && ctx.Err() == nil {
@@ -197,46 +197,26 @@ func (t testRun) tests(ctx context.Context, p paths, dir string) error {
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("build the tests: %w\n%s", err, out)
 	}
-	args := []string{"-test.v", "-test.timeout=" + testLimit.String()}
+	limit := testLimit
+	if t.full {
+		limit = fullTestLimit
+	}
+	args := []string{"-test.v", "-test.timeout=" + limit.String()}
 	if t.run != "" {
 		args = append(args, "-test.run="+t.run)
 	}
 	cmd := exec.CommandContext(ctx, binary, args...)
 	cmd.Dir = filepath.Join(p.module, "tests")
 	cmd.Env = append(os.Environ(), "IMGDISK_E2E="+dir)
+	if t.full {
+		cmd.Env = append(cmd.Env, "IMGDISK_E2E_FULL=1")
+	}
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	// Tests that are interrupted clean up first.
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = time.Minute
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("tests: %w", err)
-	}
-	return nil
-}
-
-// suiteName is what -run has to match for Kubernetes's own storage suite to run.
-const suiteName = "StorageSuite"
-
-// suiteProcesses is how many tests of it run at a time. They mostly wait.
-const suiteProcesses = 6
-
-// suite runs Kubernetes's own storage suite: all of it, or what touches each capability once.
-func (t testRun) suite(ctx context.Context, p paths, c *cluster.Cluster) error {
-	if wanted, err := regexp.MatchString(t.run, suiteName); err != nil || !wanted {
-		return err
-	}
-	programs, err := parts.BuildStorageSuite(ctx, p.cache)
-	if err != nil {
-		return err
-	}
-	results := filepath.Join(p.cache, "suite")
-	_, err = suite.Run(ctx, suite.Config{
-		Programs: programs, Kubectl: c.Kubectl(), Kubeconfig: c.Kubeconfig(), Dir: results,
-		Full: t.full, Processes: suiteProcesses, Log: os.Stdout,
-	})
-	fmt.Fprintf(os.Stderr, "results of the storage suite: %s\n", filepath.Join(results, "results.md"))
-	if err != nil {
-		return fmt.Errorf("storage suite: %w", err)
 	}
 	return nil
 }
