@@ -124,6 +124,24 @@ func TestPods(t *testing.T) {
 	}
 }
 
+// The controller and the node plugin are not killed for a liveness sidecar that waits for its
+// image: containers of a pod start one after another, and it is the last.
+func TestProbes_WaitForSidecar(t *testing.T) {
+	text, err := os.ReadFile(chartDir + "/testdata/nfs.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := pods(t, text)
+	for _, component := range []string{"controller", "node"} {
+		driver := found[component].Containers[0]
+		if driver.LivenessProbe == nil || driver.StartupProbe == nil {
+			t.Errorf("%s has no liveness or no startup probe", component)
+		} else if p := driver.StartupProbe; p.PeriodSeconds*p.FailureThreshold < 10*60 {
+			t.Errorf("%s is killed after %d s", component, p.PeriodSeconds*p.FailureThreshold)
+		}
+	}
+}
+
 func TestRBAC_NothingBroad(t *testing.T) {
 	text, err := os.ReadFile(chartDir + "/testdata/everything.yaml")
 	if err != nil {

@@ -112,10 +112,15 @@ seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
 {{- define "csi-imgdisk.livenessProbe" -}}
+# What answers is the last container, which starts when the images of all have been pulled.
+startupProbe:
+  httpGet: {path: /healthz, port: healthz}
+  periodSeconds: 5
+  timeoutSeconds: 12
+  failureThreshold: 180
 # The probe asks whether the driver runs, not whether stores answer.
 livenessProbe:
   httpGet: {path: /healthz, port: healthz}
-  initialDelaySeconds: 10
   periodSeconds: 30
   timeoutSeconds: 12
   failureThreshold: 5
