@@ -144,6 +144,8 @@ func (c *conn) work(me *sleeper) {
 	c.mu.Lock()
 	for {
 		switch {
+		case c.carrying > 0 && c.server.pace.trying():
+			c.rest(me) // who carries one out does the rest after it
 		case c.ready.head == nil && clock()-yielded > yieldInterval:
 			c.mu.Unlock()
 			runtime.Gosched()
@@ -167,12 +169,17 @@ func (c *conn) work(me *sleeper) {
 			c.mu.Unlock()
 			return
 		default:
-			c.idle = append(c.idle, me)
-			c.mu.Unlock()
-			me.sleep()
-			c.mu.Lock()
+			c.rest(me)
 		}
 	}
+}
+
+// rest sleeps until there is something to do. The lock is held; it is released meanwhile.
+func (c *conn) rest(me *sleeper) {
+	c.idle = append(c.idle, me)
+	c.mu.Unlock()
+	me.sleep()
+	c.mu.Lock()
 }
 
 // finished reports whether there is nothing left to do, now or later. The lock is held.
@@ -221,9 +228,9 @@ func (c *conn) carryOutNext() bool {
 	if c.abandoned.Load() {
 		r.err = errAbandoned
 	}
-	start := clock()
+	begun := c.server.pace.begin()
 	r.carryOut(c.server.dev)
-	c.server.pace.took(r.kind, clock()-start)
+	c.server.pace.end(r.kind, begun)
 	if r.ordered {
 		c.server.leave(r)
 	}

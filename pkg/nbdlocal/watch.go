@@ -85,6 +85,9 @@ func (c *conn) nudge() bool {
 	if waiting && able && !moved {
 		help = c.helper()
 	}
+	if waiting && able && !moved {
+		c.server.pace.stopTrials() // or a worker that is woken would sleep again
+	}
 	c.mu.Unlock()
 	if help != nil {
 		help.wake()
