@@ -106,7 +106,16 @@ func (p *player) unsupported(o op, err error) bool {
 	case o.kind == opZero:
 		return o.flags&block.ZeroFastOnly != 0
 	}
-	return o.kind == opShrink && len(p.rig.names) > 1 || o.kind == opGrow && p.rig.f.onLarger()
+	return o.kind == opShrink && len(p.rig.names) > 1 || o.kind == opGrow && p.onLarger()
+}
+
+// onLarger reports whether the disk may stand on a larger one: it was made so, or its
+// parent was growing when something failed, and then got a child of the size it had told.
+func (p *player) onLarger() bool {
+	if n := len(p.snapshots); n > 0 && slices.Max(p.snapshots[n-1].sizes) > p.m.size() {
+		return true
+	}
+	return p.rig.f.onLarger()
 }
 
 // skips reports whether a step makes no sense because the disk could not be resized before.
