@@ -16,6 +16,7 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	"k8s.io/klog/v2"
 )
@@ -36,7 +37,9 @@ func main() {
 
 // run serves until ctx is done.
 func run(ctx context.Context, driver, listen string, timeout time.Duration) error {
-	conn, err := grpc.NewClient("unix:"+driver, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	// Left to itself, gRPC waits up to two minutes before it looks again whether a driver is up.
+	again := grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.5, MaxDelay: time.Second}, MinConnectTimeout: 10 * time.Second}
+	conn, err := grpc.NewClient("unix:"+driver, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithConnectParams(again))
 	if err != nil {
 		return fmt.Errorf("the driver's socket %s: %w", driver, err)
 	}
