@@ -236,7 +236,7 @@ func (n namedStore) init() error {
 // an empty file system.
 func ofStore(name string) bool {
 	return strings.HasPrefix(name, ".") ||
-		slices.Contains([]string{"volumes", "images", "lost+found", "store.json", "store.json.new", "store.lock"}, name)
+		slices.Contains([]string{"volumes", "images", "spare", "lost+found", "store.json", "store.json.new", "store.lock"}, name)
 }
 
 // lookAfter rids a store of what nothing needs, and measures it, until ctx ends. Several
