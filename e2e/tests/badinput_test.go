@@ -40,6 +40,10 @@ func badInput(e *env) {
 func badStores(e *env) {
 	small := install.StorePath(install.StoreSmall)
 	images := install.StorePath(install.StoreMain) + "/images/" + e.ns
+	e.eventually(soon, "the controller has made the store", func(ctx context.Context) (string, error) {
+		_, err := world.cluster.Machine(cluster.NFS).Run(ctx, "test -e "+small+"/store.json")
+		return "", err
+	})
 	e.on(cluster.NFS, fmt.Sprintf(`mkdir -p %[1]s
 printf 'KDMV\003\000\000\000' >%[1]s/cut.vmdk; head -c 65536 /dev/zero >>%[1]s/cut.vmdk
 head -c 100000 /dev/urandom >%[1]s/noise.vmdk
