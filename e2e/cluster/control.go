@@ -72,7 +72,7 @@ func (p *controlPlane) writeKubeconfig(file, user, group, address string) error 
 	return os.WriteFile(p.c.path(file), config, 0o600)
 }
 
-// start starts all programs: the API server waits for etcd, the others for the API server.
+// start starts etcd and the API server, which waits for it.
 func (p *controlPlane) start() error {
 	pki := func(name string) string { return filepath.Join(p.pki, name) }
 	return errors.Join(
@@ -91,6 +91,14 @@ func (p *controlPlane) start() error {
 			"--kubelet-preferred-address-types=InternalIP",
 			"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+pki("serviceaccount.crt"),
 			"--service-account-signing-key-file="+pki("serviceaccount.key")),
+	)
+}
+
+// startControllers starts what needs an API server that is ready: it waits for one, but not for
+// as long as one takes to start on a loaded machine.
+func (p *controlPlane) startControllers() error {
+	pki := func(name string) string { return filepath.Join(p.pki, name) }
+	return errors.Join(
 		p.run("kube-controller-manager", "--kubeconfig="+p.c.path("controller-manager.kubeconfig"),
 			"--leader-elect=false", "--use-service-account-credentials=true", "--root-ca-file="+pki("ca.crt"),
 			"--service-account-private-key-file="+pki("serviceaccount.key"), "--allocate-node-cidrs=false"),
@@ -115,6 +123,9 @@ func (p *controlPlane) complete(ctx context.Context, crds []string, log *steps) 
 		return err
 	}
 	log.done("the API server is ready")
+	if err := p.startControllers(); err != nil {
+		return err
+	}
 	if err := p.snapshots(ctx, crds); err != nil {
 		return err
 	}

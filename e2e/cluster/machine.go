@@ -68,7 +68,7 @@ func (m *Machine) qemu() []string {
 		// On a loaded machine ACPI's methods for interrupts run into their limits of time; without
 		// all of ACPI there would be no clock that keeps the time.
 		"-append", "console=ttyS0 panic=-1 quiet net.ifnames=0 acpi=noirq " +
-			"mitigations=off nowatchdog no_timer_check init_on_alloc=0 apparmor=0 audit=0",
+			"mitigations=off nowatchdog no_timer_check tsc=reliable init_on_alloc=0 apparmor=0 audit=0",
 		"-serial", "file:" + consoleFile,
 		"-device", "virtio-rng-pci",
 		"-netdev", "tap,id=net,ifname=" + m.name + ",script=no,downscript=no",
