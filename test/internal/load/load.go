@@ -142,17 +142,25 @@ func (m *Model) closeAll() error {
 	return errors.Join(errs...)
 }
 
+// awaitPoll is how often AwaitRequests looks.
+const awaitPoll = 5 * time.Millisecond
+
 // AwaitRequests waits until n more requests were answered. It gives up when the run has
-// failed, or after limit.
+// failed, or when none was answered for as long as limit: how long all of them may take
+// depends on how slow the machine is.
 func (r *Run) AwaitRequests(n int64, limit time.Duration) error {
-	deadline := time.After(limit)
-	for enough := r.model.Counts().Requests + n; r.model.Counts().Requests < enough; {
+	done, since := r.model.Counts().Requests, time.Now()
+	for enough := done + n; done < enough; {
 		select {
 		case <-r.failed:
 			return errors.New("the load has failed")
-		case <-deadline:
-			return fmt.Errorf("no %d requests in %v", n, limit)
-		case <-time.After(time.Millisecond):
+		case <-time.After(awaitPoll):
+		}
+		if now := r.model.Counts().Requests; now != done {
+			done, since = now, time.Now()
+		}
+		if done < enough && time.Since(since) > limit {
+			return fmt.Errorf("no request was answered for %v, and %d more are to be", limit, enough-done)
 		}
 	}
 	return nil
