@@ -392,6 +392,19 @@ func TestNodeExpandVolume(t *testing.T) {
 	wantCode(t, "no such volume", err, codes.NotFound)
 }
 
+// A kernel that cannot grow a device in use is no fault of the caller's: the device is
+// larger when it is attached next, which is what this code has a kubelet wait for.
+func TestNodeExpandVolume_KernelCannot(t *testing.T) {
+	b := newBench(t)
+	s := b.publish(b.create("v"), ext4Writer)
+	target := b.path("target")
+	must(t, "stage", s.stage())
+	must(t, "publish", s.publishAt(target, false))
+	b.attacher.fail("Resize", fmt.Errorf("this kernel can't resize a device in use: %w", block.ErrUnsupported))
+	_, err := b.node.NodeExpandVolume(t.Context(), &csi.NodeExpandVolumeRequest{VolumeId: s.id, VolumePath: target})
+	wantCode(t, "expand", err, codes.FailedPrecondition)
+}
+
 func TestNodeGetVolumeStats(t *testing.T) {
 	b := newBench(t)
 	s := b.publish(b.create("v"), ext4Writer)

@@ -97,6 +97,8 @@ func (n *node) resize(ctx context.Context, volumeID string, size int64) (Attachm
 			return at, nil
 		case err == nil:
 			err = fmt.Errorf("the device has %d bytes, not yet %d: %w", at.SizeBytes, size, ErrUnavailable)
+		case errors.Is(err, block.ErrUnsupported): // the kernel can't, but when it is attached next the device is larger
+			return Attachment{}, fmt.Errorf("%w: %w", errPrecondition, err)
 		case !errors.Is(err, block.ErrBusy): // busy: its server is being restarted
 			return Attachment{}, err
 		}

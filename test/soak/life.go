@@ -179,7 +179,11 @@ func (l *life) grow(ctx context.Context) error {
 	if l.noGrow || size > mostBytes {
 		return nil
 	}
-	err := l.volume.Grow(ctx, size)
+	grow := l.volume.Grow
+	if l.kind.transport == "ublk" {
+		grow = l.growDetached // before Linux 6.16 its devices keep their size
+	}
+	err := grow(ctx, size)
 	if cannot(err) {
 		l.noGrow = true
 		l.tally.add(eventNoGrow)
@@ -191,6 +195,18 @@ func (l *life) grow(ctx context.Context) error {
 	l.model.Grow(l.volume.SizeBytes)
 	l.tally.add(eventGrow)
 	return nil
+}
+
+// growDetached grows the volume between a detach and an attach.
+func (l *life) growDetached(ctx context.Context, size int64) error {
+	if err := l.detach(ctx); err != nil {
+		return err
+	}
+	err := l.volume.GrowDetached(ctx, size)
+	if attached := l.attach(ctx); attached != nil {
+		return attached
+	}
+	return err
 }
 
 // snapshot takes a snapshot while the volume is being written, and sometimes looks

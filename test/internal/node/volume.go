@@ -143,24 +143,43 @@ func (v *Volume) Detach(ctx context.Context) error {
 
 // Grow makes the volume, which is attached, and its device larger.
 func (v *Volume) Grow(ctx context.Context, sizeBytes int64) error {
-	n, capacity := v.node, &csi.CapacityRange{RequiredBytes: sizeBytes}
-	err := v.steps(ctx, []step{
-		{"ControllerExpandVolume", func(ctx context.Context) error {
-			resp, err := n.controller.ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{VolumeId: v.ID, CapacityRange: capacity, VolumeCapability: capability})
-			sizeBytes = max(sizeBytes, resp.GetCapacityBytes())
-			return err
-		}},
-		{"NodeExpandVolume", func(ctx context.Context) error {
-			_, err := n.node.NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{
-				VolumeId: v.ID, VolumePath: v.Path(), StagingTargetPath: v.staging(), CapacityRange: capacity, VolumeCapability: capability,
-			})
-			return err
-		}},
-	})
+	grown, err := v.expand(ctx, sizeBytes)
+	if err != nil {
+		return err
+	}
+	err = v.steps(ctx, []step{{"NodeExpandVolume", func(ctx context.Context) error {
+		_, err := v.node.node.NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{
+			VolumeId: v.ID, VolumePath: v.Path(), StagingTargetPath: v.staging(), VolumeCapability: capability,
+			CapacityRange: &csi.CapacityRange{RequiredBytes: sizeBytes},
+		})
+		return err
+	}}})
 	if err == nil {
-		v.SizeBytes = sizeBytes
+		v.SizeBytes = grown
 	}
 	return err
+}
+
+// GrowDetached makes the volume larger, which is not attached.
+func (v *Volume) GrowDetached(ctx context.Context, sizeBytes int64) error {
+	grown, err := v.expand(ctx, sizeBytes)
+	if err == nil {
+		v.SizeBytes = grown
+	}
+	return err
+}
+
+// expand makes the image larger and returns the volume's size then.
+func (v *Volume) expand(ctx context.Context, sizeBytes int64) (int64, error) {
+	grown := sizeBytes
+	err := v.steps(ctx, []step{{"ControllerExpandVolume", func(ctx context.Context) error {
+		resp, err := v.node.controller.ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{
+			VolumeId: v.ID, CapacityRange: &csi.CapacityRange{RequiredBytes: sizeBytes}, VolumeCapability: capability,
+		})
+		grown = max(sizeBytes, resp.GetCapacityBytes())
+		return err
+	}}})
+	return grown, err
 }
 
 // Snapshot takes a snapshot and returns its id once it is ready.
