@@ -34,10 +34,13 @@ type locker struct {
 	fs    vfs.FS
 	mu    sync.Mutex
 	local map[string]chan struct{} // full while the lock is held or waited for
+	left  map[string]string        // directories to remove when a lock, by its name, is given up
 }
 
 // heldLock is a lock that is held until Unlock.
 type heldLock struct {
+	by    *locker
+	name  string
 	file  vfs.File
 	local chan struct{}
 }
@@ -49,7 +52,32 @@ func (l *heldLock) Unlock() {
 	}
 	_ = l.file.Close() // the lock goes with it, whatever it says
 	l.file = nil
+	l.by.removeLeft(l.name)
 	<-l.local
+}
+
+// removeOnUnlock has an empty directory removed when the lock of this name is given up, which
+// the caller holds: an NFS client keeps a removed file in it, by another name, for as long
+// as it is open.
+func (l *locker) removeOnUnlock(name, dir string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.left == nil {
+		l.left = map[string]string{}
+	}
+	l.left[name] = dir
+}
+
+// removeLeft does what removeOnUnlock asked for. Whoever makes the directory's volume anew
+// finds that it is gone, or keeps it by what is in it.
+func (l *locker) removeLeft(name string) {
+	l.mu.Lock()
+	dir, ok := l.left[name]
+	delete(l.left, name)
+	l.mu.Unlock()
+	if ok {
+		_ = l.fs.Remove(dir) // an empty one that stays harms nobody, and GC tries again
+	}
 }
 
 // lock waits for the lock file name, which is made if its directory exists. It returns
@@ -65,7 +93,7 @@ func (l *locker) lock(ctx context.Context, name string) (*heldLock, error) {
 	for {
 		f, err := l.try(name)
 		if err == nil {
-			return &heldLock{file: f, local: local}, nil
+			return &heldLock{by: l, name: name, file: f, local: local}, nil
 		}
 		if !errors.Is(err, block.ErrLocked) {
 			<-local

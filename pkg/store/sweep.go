@@ -201,13 +201,20 @@ func (s *Store) removeVolumeDir(name string) error {
 	}
 	// Somebody's own file, or a volume just being made anew, keeps the directory.
 	entries, err := s.fs.ReadDir(volumeDir(name))
-	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) > 0 {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil && len(entries) > 0 {
+		// Or it is an NFS client, which keeps the lock's file until the caller unlocks it.
+		s.locks.removeOnUnlock(volumeFile(name, volumeLock), volumeDir(name))
 		return nil
 	}
 	if err != nil {
 		return err
 	}
 	if err := s.fs.Remove(volumeDir(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		// Some clients don't list the lock's file.
+		s.locks.removeOnUnlock(volumeFile(name, volumeLock), volumeDir(name))
 		return ignoreNotEmpty(err)
 	}
 	return syncDir(s.fs, volumesDir)
