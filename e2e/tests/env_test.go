@@ -22,8 +22,8 @@ import (
 
 // Limits of waits, generous: emulated machines on a loaded one are slow.
 const (
-	soon   = 3 * time.Minute
-	longer = 8 * time.Minute
+	soon   = 6 * time.Minute
+	longer = 12 * time.Minute
 )
 
 // world is the cluster that all tests use.

@@ -29,9 +29,10 @@ func snapshotUnderLoad(e *env) {
 	e.claim(claim{name: "clone-disk", block: true, clone: "disk"})
 	e.claim(claim{name: "restored-files", snapshot: "snap-files"})
 	e.claim(claim{name: "restored-disk", block: true, snapshot: "snap-disk"})
+	// A clone that is made later has to ask for the grown size.
+	dirs = append(dirs, e.bound("clone-files", "clone-disk", "restored-files", "restored-disk")...)
 	e.expand("files", "160Mi")
 	e.expand("disk", "160Mi")
-	dirs = append(dirs, e.bound("clone-files", "clone-disk", "restored-files", "restored-disk")...)
 	e.says("load", "disk 167772160")
 	e.grown("load", 140<<20)
 
