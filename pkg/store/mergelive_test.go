@@ -100,7 +100,15 @@ func TestMergeLive_ChainStaysShort(t *testing.T) {
 			waitForLayers(t, s, 1)
 			expectStamp(t, a, 0, days)
 			detach(t, s, a)
-			expectClean(t, s)
+			_, err := s.GC(t.Context()) // of a merge that the detach may have ended
+			must(t, err)
+			if format == "vpc" {
+				// Between the tables that changed parents leave behind there can be space for a
+				// block, which is only found, and used again, when the image is opened next.
+				expectSound(t, s, "detached")
+			} else {
+				expectClean(t, s)
+			}
 		})
 	}
 }
