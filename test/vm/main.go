@@ -62,8 +62,12 @@ func main() {
 	}
 }
 
-// runAll builds what machines need and runs all machines at the same time: mostly they
-// wait for timers of the kernel's.
+// atOnce is how many machines run at the same time. Mostly they wait for timers of the
+// kernel's; but when many compute, on few processors, each gets too little for what has to
+// be done in time.
+const atOnce = 6
+
+// runAll builds what machines need and runs them.
 func runAll(ctx context.Context, c config) error {
 	cache, err := filepath.Abs(filepath.Join(".cache", "vm"))
 	if err != nil {
@@ -89,6 +93,7 @@ func runAll(ctx context.Context, c config) error {
 	}
 	errs := make([]error, len(c.kernels)*len(machines))
 	var running sync.WaitGroup
+	places := make(chan struct{}, atOnce)
 	for i, version := range c.kernels {
 		k, err := vmkernel.Get(ctx, cache, version)
 		if err != nil {
@@ -100,6 +105,8 @@ func runAll(ctx context.Context, c config) error {
 		}
 		for j, m := range machines {
 			running.Go(func() {
+				places <- struct{}{}
+				defer func() { <-places }()
 				if err := runOne(ctx, k, files, m, c.limit+c.soak); err != nil {
 					errs[i*len(machines)+j] = fmt.Errorf("kernel %s, machine %s: %w", version, m.name, err)
 				}

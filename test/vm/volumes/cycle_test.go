@@ -2,6 +2,7 @@ package volumes
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -56,7 +57,10 @@ func TestCyclesLeaveNothing(t *testing.T) {
 // cycle attaches and detaches volumes under fire.
 func cycle(t *testing.T, n *node.Node, transports []string, rng *rand.Rand) {
 	cycles := wantedCycles(t)
-	k := &killer{node: n, rng: rand.New(rand.NewPCG(rng.Uint64(), rng.Uint64())), over: make(chan struct{})}
+	k := &killer{
+		node: n, rng: rand.New(rand.NewPCG(rng.Uint64(), rng.Uint64())),
+		done: make([]atomic.Int64, cycleVolumes), over: make(chan struct{}),
+	}
 	var killing, volumes sync.WaitGroup
 	killing.Go(k.run)
 	var begun atomic.Int64
@@ -66,11 +70,12 @@ func cycle(t *testing.T, n *node.Node, transports []string, rng *rand.Rand) {
 			v, err := n.Create(t.Context(), fmt.Sprintf("%s-%d", transport, i), 16*mib, map[string]string{"transport": transport})
 			for err == nil && begun.Add(1) <= int64(cycles) {
 				if err = v.Attach(t.Context()); err == nil {
-					k.done.Add(1)
+					k.done[i].Add(1)
 					err = v.Detach(t.Context())
 				}
-				k.done.Add(1)
+				k.done[i].Add(1)
 			}
+			k.done[i].Store(ended)
 			if err == nil {
 				err = v.Delete(t.Context())
 			}
@@ -88,28 +93,44 @@ func cycle(t *testing.T, n *node.Node, transports []string, rng *rand.Rand) {
 	}
 }
 
+// ended is what a volume has done that does nothing any more.
+const ended = math.MaxInt64
+
 // killer kills one process or another. On a slow machine killing at a pace of its own it
-// would let nothing be done: so it waits for something to be done now and then.
+// would let nothing be done, and killing at the pace of some volumes would keep others from
+// ever getting anywhere: so it waits for each to have attached or detached once more.
 type killer struct {
 	node  *node.Node
 	rng   *rand.Rand
-	done  atomic.Int64 // attaches and detaches
+	done  []atomic.Int64 // attaches and detaches, of each volume
 	over  chan struct{}
 	kills int
 }
 
 func (k *killer) run() {
-	for target := int64(0); ; {
+	for last := make([]int64, len(k.done)); ; {
 		pause := time.Duration(k.rng.Int64N(int64(time.Second)))
 		select {
 		case <-k.over:
 			return
 		case <-time.After(pause):
 		}
-		if k.done.Load() < target {
+		if !k.allHaveDoneMore(last) {
 			continue
 		}
-		target = k.done.Load() + k.rng.Int64N(6)
+		for i := range k.done {
+			last[i] = k.done[i].Load()
+		}
 		k.kills += k.node.Kill([]node.Role{node.Server, node.Server, node.Supervisor, node.Driver}[k.rng.IntN(4)])
 	}
+}
+
+// allHaveDoneMore reports whether each volume has done something since last, or has ended.
+func (k *killer) allHaveDoneMore(last []int64) bool {
+	for i := range k.done {
+		if now := k.done[i].Load(); now != ended && now <= last[i] {
+			return false
+		}
+	}
+	return true
 }
