@@ -21,7 +21,7 @@ var bothNodes = []string{cluster.NodeA, cluster.NodeB}
 // to: requests wait, none fails, and everything that was asked for comes about.
 func TestProcesses(t *testing.T) {
 	e := newEnv(t)
-	pauses := newTable("processes", "what happened", "longest pause of a request", "errors")
+	pauses := newTable("processes", "what happened", "longest pause of a request")
 	var writers []*writer
 	for _, node := range bothNodes {
 		var p pod
@@ -42,7 +42,7 @@ func TestProcesses(t *testing.T) {
 			w.advances() // fails at an error
 			longest = max(longest, w.pause())
 		}
-		pauses.add(what, longest, 0)
+		pauses.add(what, longest)
 	}
 	kill := func(argument string) func() {
 		return func() {

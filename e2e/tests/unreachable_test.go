@@ -21,7 +21,7 @@ import (
 // Nodes and the NFS server fail while volumes are written to. What was flushed is there on
 // the other node, and the old writer, should it live, cannot write any more.
 func TestNodes(t *testing.T) {
-	outcomes := newTable("nodes", "what failed", "detached after", "written to on the other node after", "the old writer", "flushed data lost", "foreign writes")
+	outcomes := newTable("nodes", "what failed", "detached after", "written to on the other node after", "the old writer")
 	a := func() *cluster.Machine { return world.cluster.Machine(cluster.NodeA) }
 	heal := func(ctx context.Context) error { return a().Heal(ctx) }
 	cut := func(from ...string) func(context.Context) error {
@@ -106,7 +106,7 @@ func (f failure) test(e *env, outcomes *table) {
 	}
 	flushed = e.stop(fresh) // everything is what the new writers wrote
 	e.check(dirs...)
-	outcomes.add(f.name, detached, moved, fate, "none", "none")
+	outcomes.add(f.name, detached, moved, fate)
 
 	// The node takes volumes again, these too.
 	p.name, p.node = "back", cluster.NodeA
@@ -242,7 +242,7 @@ func (e *env) detached(claims ...string) {
 // serverRestarted: the NFS server is without power for a minute while volumes on both nodes are
 // written to. Requests wait, none fails.
 func serverRestarted(e *env) {
-	pauses := newTable("nfs-restarted", "NFS server without power for a minute", "longest pause of a request", "errors")
+	pauses := newTable("nfs-restarted", "NFS server without power for a minute", "longest pause of a request")
 	var all [][]*writer
 	var dirs []string
 	for _, node := range bothNodes {
@@ -267,7 +267,7 @@ func serverRestarted(e *env) {
 	for i, ws := range all {
 		for _, w := range ws {
 			w.advances()
-			pauses.add(w.pod+" "+w.log[strings.LastIndex(w.log, "writer-"):len(w.log)-len("/0.log")], w.pause(), 0)
+			pauses.add(w.pod+" "+w.log[strings.LastIndex(w.log, "writer-"):len(w.log)-len("/0.log")], w.pause())
 		}
 		e.stop(all[i])
 	}
