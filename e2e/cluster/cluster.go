@@ -61,8 +61,11 @@ func Open(dir string) (*Cluster, error) { return open(dir) }
 // as an administrator of the cluster.
 func (c *Cluster) Kubeconfig() string { return c.path("kubeconfig") }
 
+// Program is the path of one of parts.Parts.Bin.
+func (c *Cluster) Program(name string) string { return filepath.Join(c.state.Bin, name) }
+
 // Kubectl is the path of the program.
-func (c *Cluster) Kubectl() string { return filepath.Join(c.state.Bin, "kubectl") }
+func (c *Cluster) Kubectl() string { return c.Program("kubectl") }
 
 // Machine returns one by its name: NodeA, NodeB or NFS. It panics for any other name.
 func (c *Cluster) Machine(name string) *Machine {

@@ -142,20 +142,19 @@ func namespace(ctx context.Context, c *cluster.Cluster) error {
 	return nil
 }
 
-// helm runs this repository's program that does what helm does: it has dependencies of its
-// own, at other versions than the cluster's.
+// helm runs this repository's program that does what helm does: a program of its own, because
+// it has dependencies at other versions than the cluster's.
 func helm(ctx context.Context, c *cluster.Cluster, args ...string) error {
 	root, err := repository()
 	if err != nil {
 		return err
 	}
 	args = append([]string{
-		"run", "./release", "-kubeconfig", c.Kubeconfig(), "-namespace", Namespace,
+		"-kubeconfig", c.Kubeconfig(), "-namespace", Namespace,
 		"-values", valuesFile(c), "-chart", filepath.Join(root, "charts", "csi-imgdisk"),
 		"-timeout", "10m", // emulated machines are slow
 	}, args...)
-	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Dir = filepath.Join(root, "tools", "helm")
+	cmd := exec.CommandContext(ctx, c.Program("release"), args...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("install the chart: %w\n%s", err, out)
 	}

@@ -34,7 +34,7 @@ func build(ctx context.Context, cacheDir string) (_ *Parts, err error) {
 		return nil, err
 	}
 	p := &Parts{PauseImage: pauseImage, DriverImage: names.driver, NextDriverImage: names.driver + "-next"}
-	var made struct{ kubernetes, provisioner, sidecars, ours, etcd, driverImages string }
+	var made struct{ kubernetes, provisioner, sidecars, ours, installer, etcd, driverImages string }
 	// What takes longest first. More at a time would only take turns: Go's compiler uses all processors.
 	steps, sctx := errgroup.WithContext(ctx)
 	steps.SetLimit(3)
@@ -49,6 +49,7 @@ func build(ctx context.Context, cacheDir string) (_ *Parts, err error) {
 		{&made.sidecars, func(ctx context.Context) (string, error) { return sidecars.build(ctx, b) }},
 		{&made.provisioner, func(ctx context.Context) (string, error) { return provisioner.build(ctx, b) }},
 		{&made.ours, func(ctx context.Context) (string, error) { return ours.build(ctx, b) }},
+		{&made.installer, func(ctx context.Context) (string, error) { return chartInstaller.build(ctx, b) }},
 		{&made.etcd, func(ctx context.Context) (string, error) { return debianPackage(ctx, b, "etcd-server") }},
 	} {
 		steps.Go(func() (err error) {
@@ -69,7 +70,9 @@ func build(ctx context.Context, cacheDir string) (_ *Parts, err error) {
 		return nil, err
 	}
 	p.Images = append(p.Images, tests)
-	if p.Bin, err = b.bin(ctx, made.kubernetes, filepath.Join(made.etcd, "usr/bin/etcd"), filepath.Join(made.sidecars, "snapshot-controller")); err != nil {
+	if p.Bin, err = b.bin(ctx, made.kubernetes,
+		filepath.Join(made.etcd, "usr/bin/etcd"), filepath.Join(made.sidecars, "snapshot-controller"),
+		filepath.Join(made.installer, "release")); err != nil {
 		return nil, err
 	}
 	p.SnapshotCRDs, err = b.snapshotCRDs(ctx)

@@ -10,7 +10,8 @@ const KubernetesVersion = "v1.36.3"
 type Parts struct {
 	// Bin is a directory of static programs for this machine's processor: etcd,
 	// kube-apiserver, kube-controller-manager, kube-scheduler, kubelet, kubectl,
-	// snapshot-controller. Etcd alone may be a link to a program that is not static.
+	// snapshot-controller, and release, which installs charts as helm does. Etcd alone may be
+	// a link to a program that is not static.
 	Bin string
 
 	// Images are archives, each of one image or several, which `ctr images import` takes.

@@ -61,6 +61,10 @@ var (
 		packages: []string{"./images/csi-node-driver-registrar", "./images/livenessprobe", "./images/pause", "./writer"},
 		sources:  []string{"e2e/images", "e2e/writer"},
 	}
+	chartInstaller = goPrograms{
+		name: "release", dir: "tools/helm", packages: []string{"./release"},
+		sources: []string{"tools/helm/release"},
+	}
 	driver = goPrograms{
 		name: "csi-imgdisk", dir: ".", packages: []string{"./cmd/csi-imgdisk"},
 		sources: []string{"cmd", "pkg", "internal"}, versionIn: []string{"main.version"},
