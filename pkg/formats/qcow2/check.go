@@ -222,6 +222,9 @@ func (k *checker) countBitmaps() error {
 			switch {
 			case off == 0:
 			case off&(m.clusterBytes-1) != 0 || off >= m.fileEnd:
+				if off >= m.fileEnd {
+					k.outside++
+				}
 				k.corruption(false, "bitmap %q: entry %d, %#x, lies outside the file", shorten(b.name), i, e)
 			default:
 				if err := k.count(off, 1); err != nil {
@@ -241,9 +244,9 @@ func (k *checker) walk(who string, l1 []uint64, visit func(who string, cluster i
 		if err := k.step(); err != nil {
 			return err
 		}
-		if e == badTable && who == "" && k.separates {
+		if e == badTable && who == "" {
 			var err error
-			if e, err = k.copyTable(int64(i), &own); err != nil {
+			if e, err = k.judgeBadTable(int64(i), &own); err != nil {
 				return err
 			}
 		}
@@ -252,6 +255,9 @@ func (k *checker) walk(who string, l1 []uint64, visit func(who string, cluster i
 			continue
 		}
 		if e == badTable || off&(m.clusterBytes-1) != 0 || off >= m.fileEnd || !own.add(off>>m.clusterBits) {
+			if e != badTable && off >= m.fileEnd {
+				k.outside++
+			}
 			k.corruption(false, "%sL1 entry %d: its table lies outside the file or overlaps something else", who, i)
 			continue
 		}

@@ -32,43 +32,60 @@ func (k *checker) copyOut(cluster int64, e entry) (entry, error) {
 		return e, fmt.Errorf("read %d bytes at %#x of %s: %w", len(p), e.host(), m.f.Name(), err)
 	}
 	k.corruption(true, "%v; it has a place of its own now, with the same bytes", m.badEntry(cluster, e, "where something else is"))
-	e.descriptor = e.descriptor&^offsetMask | uint64(m.fileEnd) | flagCopied
+	place := k.newPlace()
+	e.descriptor = e.descriptor&^offsetMask | uint64(place) | flagCopied
 	binary.BigEndian.PutUint64(k.table[cluster&(1<<m.l2Bits-1)<<m.entryShift:], e.descriptor)
 	k.changed = true
-	err := k.writePast(p, m.fileEnd)
-	m.fileEnd += m.clusterBytes
-	return e, err
+	return e, k.writePast(p, place)
 }
 
-// copyTable gives an L1 entry whose table is another entry's, one of own, a copy of it; the
-// guest clusters in it are copied, too, when they are counted. It returns badTable if the
-// entry is bad for another reason.
-func (k *checker) copyTable(l1Index int64, own *clusterSet) (uint64, error) {
+// judgeBadTable returns an L1 entry that cannot be used as it is: as the file has it if it
+// leads past the end of the file, a copy of the table if that is another entry's, one of own,
+// and it is to be separated, else badTable.
+func (k *checker) judgeBadTable(l1Index int64, own *clusterSet) (uint64, error) {
 	m := k.image
-	at := int64(m.header.l1TableOffset) + l1Index*8
 	p := make([]byte, 8)
-	if err := readFull(m.f, p, at); err != nil {
+	if err := readFull(m.f, p, int64(m.header.l1TableOffset)+l1Index*8); err != nil {
 		return 0, err
 	}
 	e := binary.BigEndian.Uint64(p)
 	off := int64(e & offsetMask)
-	if off&(m.clusterBytes-1) != 0 || !own.has(off>>m.clusterBits) {
-		return badTable, nil
+	switch {
+	case off >= m.fileEnd:
+		return e, nil
+	case k.separates && off&(m.clusterBytes-1) == 0 && own.has(off>>m.clusterBits):
+		return k.copyTable(l1Index, off)
 	}
+	return badTable, nil
+}
+
+// copyTable gives an L1 entry whose table at off is another entry's a copy of it; the guest
+// clusters in it are copied, too, when they are counted.
+func (k *checker) copyTable(l1Index, off int64) (uint64, error) {
+	m := k.image
 	k.corruption(true, "L1 entry %d: its table at %#x is another entry's, too; it has a copy now", l1Index, off)
 	if err := m.tables.Read(0, off, k.table); err != nil {
 		return 0, err
 	}
-	copied := uint64(m.fileEnd) | flagCopied
-	if err := k.writePast(k.table, m.fileEnd); err != nil {
+	place := k.newPlace()
+	if err := k.writePast(k.table, place); err != nil {
 		return 0, err
 	}
-	m.fileEnd += m.clusterBytes
 	if err := k.commit.Sync(); err != nil {
 		return 0, err
 	}
+	copied := uint64(place) | flagCopied
 	m.l1[l1Index] = copied
-	return copied, k.writePast(binary.BigEndian.AppendUint64(nil, copied), at)
+	return copied, k.writePast(binary.BigEndian.AppendUint64(nil, copied), int64(m.header.l1TableOffset)+l1Index*8)
+}
+
+// newPlace adds a cluster to the file, past what is in use and what is only kept, and returns
+// where it is.
+func (k *checker) newPlace() int64 {
+	m := k.image
+	place := max(m.fileEnd, (k.counts.last+1)<<m.clusterBits)
+	m.fileEnd = place + m.clusterBytes
+	return place
 }
 
 // rebuild makes a new refcount table and new refcount blocks from what was counted, behind
