@@ -18,8 +18,11 @@ var formats = []string{"vmdk", "vhdx", "vdi", "qcow", "qcow2", "vpc", "raw"}
 
 // Each is what a user does; none disturbs the others, and the cluster is busy.
 func TestUse(t *testing.T) {
-	for _, format := range formats {
-		t.Run("Format_"+format, func(t *testing.T) { t.Parallel(); moves(newEnv(t), format) })
+	for i, format := range formats {
+		t.Run("Format_"+format, func(t *testing.T) {
+			t.Parallel()
+			moves(newEnv(t), format, bothNodes[i%2], bothNodes[(i+1)%2])
+		})
 	}
 	for name, test := range map[string]func(*env){
 		"ReadWriteOncePod":                        readWriteOncePod,
@@ -52,16 +55,16 @@ const sums = `
 `
 
 // moves: a volume of each kind in a format is filled on one node and read on the other.
-func moves(e *env, format string) {
+func moves(e *env, format, from, to string) {
 	e.claim(claim{name: "ext4", size: "128Mi", class: e.class(map[string]string{"store": "main", "format": format})})
 	e.claim(claim{name: "xfs", size: "320Mi", class: e.class(map[string]string{"store": "main", "format": format, "csi.storage.k8s.io/fstype": "xfs"})})
 	e.claim(claim{name: "block", size: "128Mi", block: true, class: e.class(map[string]string{"store": "main", "format": format})})
 	dirs := e.bound("ext4", "xfs", "block")
-	claims := pod{name: "first", node: cluster.NodeA, files: []string{"ext4", "xfs"}, blocks: []string{"block"}, script: fill}
+	claims := pod{name: "first", node: from, files: []string{"ext4", "xfs"}, blocks: []string{"block"}, script: fill}
 	wrote := e.do(claims)
-	claims.name, claims.node, claims.script = "second", cluster.NodeB, sums
+	claims.name, claims.node, claims.script = "second", to, sums
 	if read := e.do(claims); read != wrote || strings.Count(wrote, "-") != 3 {
-		e.Errorf("wrote on %s, with checksums\n%s\nread on %s\n%s", cluster.NodeA, wrote, cluster.NodeB, read)
+		e.Errorf("wrote on %s, with checksums\n%s\nread on %s\n%s", from, wrote, to, read)
 	}
 	e.check(dirs...)
 }

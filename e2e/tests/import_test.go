@@ -46,10 +46,10 @@ csi-imgdisk image convert /tmp/web01.raw /store/images/%[2]s`, e.ns, file)})
 	if _, volume, _ := strings.Cut(dirs[1], "/"); e.kilobytes(install.StorePath("main")+"/volumes/"+volume) > 2<<10 {
 		e.Error("a volume that stands on the image takes more than 2 MiB before it is written to")
 	}
-	use := pod{name: "first", node: cluster.NodeA, files: []string{"named", "classed"}, script: `
+	use := pod{name: "first", node: cluster.NodeB, files: []string{"named", "classed"}, script: `
 for dir in /named /classed; do seq 100000 | cmp - $dir/numbers; echo new >$dir/new; rm $dir/random; sync; done`}
 	e.do(use)
-	use.name, use.node, use.script = "second", cluster.NodeB, `
+	use.name, use.node, use.script = "second", cluster.NodeA, `
 for dir in /named /classed; do seq 100000 | cmp - $dir/numbers; grep new $dir/new; ! test -e $dir/random; done`
 	e.do(use)
 	if now := e.on(cluster.NFS, "sha256sum "+image); now != digest {

@@ -16,7 +16,7 @@ import (
 func snapshotUnderLoad(e *env) {
 	e.claim(claim{name: "files"})
 	e.claim(claim{name: "disk", block: true})
-	writers := e.write(pod{name: "load", node: cluster.NodeA, files: []string{"files"}, blocks: []string{"disk"},
+	writers := e.write(pod{name: "load", node: cluster.NodeB, files: []string{"files"}, blocks: []string{"disk"},
 		script: "trap 'exit 0' TERM; while :; do stat -f -c 'files %b %S' /files; echo disk $(blockdev --getsize64 /dev/disk); sleep 2; done"}, 1)
 	dirs := e.bound("files", "disk")
 
@@ -40,21 +40,21 @@ func snapshotUnderLoad(e *env) {
 		w.mark()
 		w.advances()
 	}
-	e.verify(pod{name: "look-restored", node: cluster.NodeB, files: []string{"restored-files"}, blocks: []string{"restored-disk"}}, 50, atSnapshot...)
-	e.verify(pod{name: "look-cloned", node: cluster.NodeB, files: []string{"clone-files"}, blocks: []string{"clone-disk"}}, 50, atClone...)
+	e.verify(pod{name: "look-restored", node: cluster.NodeA, files: []string{"restored-files"}, blocks: []string{"restored-disk"}}, 50, atSnapshot...)
+	e.verify(pod{name: "look-cloned", node: cluster.NodeA, files: []string{"clone-files"}, blocks: []string{"clone-disk"}}, 50, atClone...)
 	atEnd := e.stop(writers)
 
 	// Volumes before their clones and snapshots; what stands on them is whole.
-	e.verify(pod{name: "look-grown", node: cluster.NodeB, files: []string{"files"}, blocks: []string{"disk"}}, 50, atEnd...)
+	e.verify(pod{name: "look-grown", node: cluster.NodeA, files: []string{"files"}, blocks: []string{"disk"}}, 50, atEnd...)
 	e.check(dirs...)
 	e.deleteClaim("files")
 	e.deleteClaim("disk")
 	e.gone("files", "disk")
-	e.verify(pod{name: "look-orphan", node: cluster.NodeA, files: []string{"clone-files"}, blocks: []string{"clone-disk"}}, 51, atClone...)
+	e.verify(pod{name: "look-orphan", node: cluster.NodeB, files: []string{"clone-files"}, blocks: []string{"clone-disk"}}, 51, atClone...)
 	e.deleteSnapshot("snap-files")
 	e.deleteSnapshot("snap-disk")
 	e.gone("snap-files", "snap-disk")
-	e.verify(pod{name: "look-last", node: cluster.NodeA, files: []string{"restored-files"}, blocks: []string{"restored-disk"}}, 51, atSnapshot...)
+	e.verify(pod{name: "look-last", node: cluster.NodeB, files: []string{"restored-files"}, blocks: []string{"restored-disk"}}, 51, atSnapshot...)
 }
 
 func flushedOf(writers []*writer) (flushed []int) {

@@ -28,7 +28,7 @@ func (e *env) write(p pod, run int, flushed ...int) []*writer {
 		paths = append(paths, "/dev/"+name)
 	}
 	for i, path := range paths {
-		args := []string{"-path=" + path, "-blocks=2048", fmt.Sprint("-run=", run)}
+		args := []string{"-path=" + path, "-blocks=2048", "-rest=50ms", fmt.Sprint("-run=", run)}
 		if flushed != nil {
 			args = append(args, fmt.Sprint("-flushed=", flushed[i]))
 		}

@@ -52,6 +52,7 @@ func main() {
 	flag.Uint64Var(&c.run, "run", 1, "number of this run; each run on the same volume has a greater one")
 	flag.Uint64Var(&c.flushed, "flushed", 0, "what an earlier run printed as flushed; 0: nothing is known to be there")
 	flag.IntVar(&c.batch, "batch", 16, "writes between flushes")
+	flag.DurationVar(&c.rest, "rest", 0, "how long to wait after each flush, so that others get something done, too")
 	flag.DurationVar(&c.every, "print", 200*time.Millisecond, "how often to print what is flushed")
 	verifyOnly := flag.Bool("verify", false, "read and check everything, write nothing")
 	flag.Parse()

@@ -23,7 +23,7 @@ type config struct {
 	path                 string
 	blocks, run, flushed uint64
 	batch                int
-	every                time.Duration
+	every, rest          time.Duration
 }
 
 // header begins each block. Integers are little-endian; the rest of the block follows from
@@ -245,6 +245,7 @@ func (w *volume) round() error {
 	if time.Since(w.printed) >= w.every {
 		w.print()
 	}
+	time.Sleep(w.rest)
 	return nil
 }
 

@@ -470,6 +470,11 @@ func (a *attachment) publish() {
 // startServer starts a server and returns what it says of itself. The caller has
 // made sure that an earlier one is gone; the lock proves it.
 func (a *attachment) startServer(ctx context.Context) (Hello, error) {
+	done, err := a.s.turns.take(ctx)
+	if err != nil {
+		return Hello{}, fmt.Errorf("wait until other servers have started: %w", err)
+	}
+	defer done()
 	p, err := a.spawn(ctx, a.program(), a.rec.Seat)
 	if err != nil {
 		return Hello{}, err
@@ -483,7 +488,10 @@ func (a *attachment) startServer(ctx context.Context) (Hello, error) {
 		return Hello{}, errors.Join(err, a.destroyServer(err))
 	}
 	a.s.at("start: recorded")
-	hello, err := a.firstHello(ctx, p)
+	hello, err := a.firstHello(ctx, p, func() {
+		a.s.at("start: ready")
+		done()
+	})
 	if err != nil {
 		return Hello{}, errors.Join(err, a.destroyServer(err))
 	}
@@ -513,11 +521,15 @@ func (a *attachment) spawn(ctx context.Context, program string, seat seat) (*pro
 // control is the path of the server's control socket.
 func (a *attachment) control() string { return a.rec.Seat.controlPath(a.dir) }
 
-// firstHello waits until a new server has opened its device.
-func (a *attachment) firstHello(ctx context.Context, p *process) (Hello, error) {
+// firstHello waits until a new server has opened its device. It calls ready when the server
+// needs nothing more but its device.
+func (a *attachment) firstHello(ctx context.Context, p *process, ready func()) (hello Hello, err error) {
 	ctx, cancel := context.WithTimeout(ctx, a.s.cfg.StartTimeout)
 	defer cancel()
-	hello, err := p.hello(ctx)
+	if _, err = p.ready(ctx); err == nil {
+		ready()
+		hello, err = p.hello(ctx)
+	}
 	if errors.Is(err, block.ErrClosed) { // it is ending, and will have said why
 		endCtx, cancel := context.WithTimeout(ctx, endPatience)
 		defer cancel()

@@ -29,7 +29,8 @@ type harness struct {
 	dir      string
 	stateDir string
 	kernel   *fakeTransport
-	real     string // name of a real transport, used instead
+	real     string              // name of a real transport, used instead
+	prepare  func(s *Supervisor) // changes one that is to run here
 	client   *Client
 
 	cmd    *exec.Cmd     // of a supervisor that is a process
@@ -64,6 +65,9 @@ func (h *harness) startHere() {
 		h.t.Fatal(err)
 	}
 	s.maxBackoff = firstBackoff
+	if h.prepare != nil {
+		h.prepare(s)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	h.cancel, h.ended, h.cmd = cancel, ended, nil

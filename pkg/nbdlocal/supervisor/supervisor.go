@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -59,6 +60,8 @@ type Supervisor struct {
 	at         func(step string) // tests end the process at a step
 	maxBackoff time.Duration     // tests are impatient
 
+	turns turns // of servers that start
+
 	probing sync.Mutex
 	works   map[string]bool // transports that have proved to work; guarded by probing
 
@@ -104,6 +107,7 @@ func New(cfg Config) (*Supervisor, error) {
 		bootID:      id,
 		at:          func(string) {},
 		maxBackoff:  defaultMaxBackoff,
+		turns:       newTurns(2 * runtime.GOMAXPROCS(0)),
 		works:       map[string]bool{},
 		attachments: map[string]*attachment{},
 	}, nil

@@ -110,7 +110,7 @@ func (a *attachment) replace(ctx context.Context, old, next *process, files []*o
 		return err
 	}
 	a.s.at("upgrade: successor's turn")
-	hello, err := a.firstHello(ctx, next)
+	hello, err := a.firstHello(ctx, next, func() {})
 	if err == nil {
 		err = a.checkSuccessor(hello.Info)
 	}
