@@ -9,36 +9,52 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// inflight lets one operation at a time work on a volume. Others are refused rather
-// than made to wait: their callers try again anyway, and waiting would pile up.
+// inflight lets one operation at a time work on a volume.
 type inflight struct {
 	mu   sync.Mutex
-	keys map[string]bool
+	keys map[string]chan struct{} // closed when the key is free
 }
 
-// lock takes all keys or none; errPending if another operation holds one.
-func (f *inflight) lock(keys ...string) (unlock func(), err error) {
+// lock takes a key; errPending if another operation holds it.
+func (f *inflight) lock(key string) (unlock func(), err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, key := range keys {
-		if f.keys[key] {
-			return nil, fmt.Errorf("%s: %w", key, errPending)
-		}
+	if f.keys[key] != nil {
+		return nil, fmt.Errorf("%s: %w", key, errPending)
 	}
 	if f.keys == nil {
-		f.keys = map[string]bool{}
+		f.keys = map[string]chan struct{}{}
 	}
-	for _, key := range keys {
-		f.keys[key] = true
-	}
-	return func() { f.unlock(keys) }, nil
+	free := make(chan struct{})
+	f.keys[key] = free
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		delete(f.keys, key)
+		close(free)
+	}, nil
 }
 
-func (f *inflight) unlock(keys []string) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, key := range keys {
-		delete(f.keys, key)
+// wait takes a key once no other operation holds it; errPending if ctx ends before. It is for
+// callers of which there is one for each key, and which come back after a pause that gets
+// longer each time: what has taken longer than one call is over for them when it is over.
+func (f *inflight) wait(ctx context.Context, key string) (unlock func(), err error) {
+	for {
+		unlock, err := f.lock(key)
+		if err == nil {
+			return unlock, nil
+		}
+		f.mu.Lock()
+		free := f.keys[key]
+		f.mu.Unlock()
+		if free == nil {
+			continue
+		}
+		select {
+		case <-free:
+		case <-ctx.Done():
+			return nil, err
+		}
 	}
 }
 

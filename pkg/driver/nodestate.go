@@ -71,7 +71,7 @@ func (n *node) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRe
 			return nil, err
 		}
 	}
-	unlock, err := n.lockToMount(id)
+	unlock, err := n.lockToMount(ctx, id)
 	if err != nil {
 		return nil, err
 	}

@@ -45,7 +45,7 @@ func (n *node) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolume
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := n.lockToMount(p.volumeID)
+	unlock, err := n.lockToMount(ctx, p.volumeID)
 	if err != nil {
 		return nil, err
 	}
@@ -202,7 +202,7 @@ func (n *node) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublishVo
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := n.busy.lock(id)
+	unlock, err := n.busy.wait(ctx, id)
 	if err != nil {
 		return nil, err
 	}

@@ -55,7 +55,7 @@ func (n *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := n.lockToMount(spec.Handle)
+	unlock, err := n.lockToMount(ctx, spec.Handle)
 	if err != nil {
 		return nil, err
 	}
@@ -74,8 +74,8 @@ func (n *node) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRequ
 }
 
 // lockToMount is for work that must not meet an unmount that hangs.
-func (n *node) lockToMount(volumeID string) (unlock func(), err error) {
-	unlock, err = n.busy.lock(volumeID)
+func (n *node) lockToMount(ctx context.Context, volumeID string) (unlock func(), err error) {
+	unlock, err = n.busy.wait(ctx, volumeID)
 	if err != nil {
 		return nil, err
 	}
@@ -289,7 +289,7 @@ func (n *node) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolume
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := n.busy.lock(id)
+	unlock, err := n.busy.wait(ctx, id)
 	if err != nil {
 		return nil, err
 	}

@@ -41,9 +41,9 @@ type Config struct {
 	// Log gets what happens; nil is slog.Default.
 	Log *slog.Logger
 	// StartTimeout bounds the time in which a server must have opened its device;
-	// 0 is a minute.
+	// 0 is three minutes: what a busy machine does slowly is not to be begun anew.
 	StartTimeout time.Duration
-	// StepTimeout bounds an attach, a detach, and one attempt to recover; 0 is two
+	// StepTimeout bounds an attach, a detach, and one attempt to recover; 0 is six
 	// minutes.
 	StepTimeout time.Duration
 }
@@ -93,10 +93,10 @@ func New(cfg Config) (*Supervisor, error) {
 		cfg.Log = slog.Default()
 	}
 	if cfg.StartTimeout == 0 {
-		cfg.StartTimeout = time.Minute
+		cfg.StartTimeout = 3 * time.Minute
 	}
 	if cfg.StepTimeout == 0 {
-		cfg.StepTimeout = 2 * time.Minute
+		cfg.StepTimeout = 6 * time.Minute
 	}
 	id, err := bootID()
 	if err != nil {
