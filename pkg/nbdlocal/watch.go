@@ -13,11 +13,12 @@ type watch struct {
 	alarm  chan struct{}
 }
 
+// The watch looks after watchInterval at first, then after twice as long each time that
+// nothing has happened, and sleeps when that would be longer than watchLongest: a request now
+// and then costs a few looks, and none that waits for storage costs more.
 const (
 	watchInterval = 2 * time.Millisecond
-	// watchPatience is for how many intervals in which nothing happens the watch goes on,
-	// so that a steady trickle doesn't wake it each time.
-	watchPatience = 50
+	watchLongest  = 8 * time.Millisecond
 )
 
 func newWatch() watch { return watch{alarm: make(chan struct{}, 1)} }
@@ -34,31 +35,41 @@ func (w *watch) stir() {
 
 // run watches until stop is closed.
 func (w *watch) run(s *Server, stop <-chan struct{}) {
-	timer := time.NewTicker(watchInterval)
+	interval := watchInterval
+	timer := time.NewTimer(interval)
 	defer timer.Stop()
-	quiet := 0
 	for {
 		select {
 		case <-stop:
 			return
 		case <-timer.C:
 		}
-		quiet++
+		interval *= 2
 		if s.nudgeAll() {
-			quiet = 0
+			interval = watchInterval
 		}
-		if quiet < watchPatience {
-			continue
+		if interval > watchLongest {
+			if !w.sleep(s, stop) {
+				return
+			}
+			interval = watchInterval
 		}
-		timer.Stop()
-		w.asleep.Store(true)
-		select {
-		case <-stop:
-			return
-		case <-w.alarm:
-		}
-		timer.Reset(watchInterval)
-		quiet = 0
+		timer.Reset(interval)
+	}
+}
+
+// sleep returns when there is something to watch again, or false when stop is closed.
+func (w *watch) sleep(s *Server, stop <-chan struct{}) bool {
+	w.asleep.Store(true)
+	// What has begun since the last look saw that the watch runs; what begins now wakes it.
+	if s.nudgeAll() && w.asleep.CompareAndSwap(true, false) {
+		return true
+	}
+	select {
+	case <-stop:
+		return false
+	case <-w.alarm:
+		return true
 	}
 }
 
