@@ -60,7 +60,8 @@ const (
 func (m *Machine) qemu() []string {
 	args := []string{
 		"-name", "imgdisk-" + m.name, "-nodefaults", "-display", "none", "-no-reboot", "-pidfile", pidFile,
-		"-accel", "tcg,thread=multi", "-cpu", "max",
+		// Page tables of five levels cost an emulated processor more than those of four.
+		"-accel", "tcg,thread=multi", "-cpu", "max,la57=off",
 		// One processor: with more, emulated ones wait for each other, and now and then trip over
 		// a kernel that changes its own code while it starts.
 		"-smp", "1", "-m", strconv.Itoa(m.memoryMiB),

@@ -63,7 +63,7 @@ func (c *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := c.busy.lock(storeName + "/" + spec.Name)
+	unlock, err := c.busy.wait(ctx, storeName+"/"+spec.Name)
 	if err != nil {
 		return nil, err
 	}
@@ -195,7 +195,7 @@ func (c *controller) configured(name, of string) (Store, error) {
 }
 
 // open parses a volume's handle, takes the volume's lock and finds its store.
-func (c *controller) open(volumeID string) (h handle, store Store, name string, unlock func(), err error) {
+func (c *controller) open(ctx context.Context, volumeID string) (h handle, store Store, name string, unlock func(), err error) {
 	if h, err = parseHandle(volumeID); err != nil {
 		return h, nil, "", nil, err
 	}
@@ -203,12 +203,12 @@ func (c *controller) open(volumeID string) (h handle, store Store, name string, 
 	if err != nil {
 		return h, nil, "", nil, err
 	}
-	unlock, err = c.busy.lock(storeName + "/" + name)
+	unlock, err = c.busy.wait(ctx, storeName+"/"+name)
 	return h, c.cfg.Stores[storeName], name, unlock, err
 }
 
 func (c *controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
-	_, store, name, unlock, err := c.open(req.GetVolumeId())
+	_, store, name, unlock, err := c.open(ctx, req.GetVolumeId())
 	if errors.Is(err, block.ErrNotFound) {
 		return &csi.DeleteVolumeResponse{}, nil
 	}
@@ -233,7 +233,7 @@ func (c *controller) ControllerPublishVolume(ctx context.Context, req *csi.Contr
 	if err != nil {
 		return nil, err
 	}
-	h, store, name, unlock, err := c.open(req.GetVolumeId())
+	h, store, name, unlock, err := c.open(ctx, req.GetVolumeId())
 	if err != nil {
 		return nil, err
 	}
@@ -271,7 +271,7 @@ func ensureVolume(ctx context.Context, store Store, h handle) error {
 }
 
 func (c *controller) ControllerUnpublishVolume(ctx context.Context, req *csi.ControllerUnpublishVolumeRequest) (*csi.ControllerUnpublishVolumeResponse, error) {
-	h, store, name, unlock, err := c.open(req.GetVolumeId())
+	h, store, name, unlock, err := c.open(ctx, req.GetVolumeId())
 	if errors.Is(err, block.ErrNotFound) {
 		return &csi.ControllerUnpublishVolumeResponse{}, nil
 	}
@@ -346,7 +346,7 @@ func (c *controller) ControllerExpandVolume(ctx context.Context, req *csi.Contro
 	if err != nil {
 		return nil, err
 	}
-	h, store, name, unlock, err := c.open(req.GetVolumeId())
+	h, store, name, unlock, err := c.open(ctx, req.GetVolumeId())
 	if err != nil {
 		return nil, err
 	}
@@ -367,7 +367,7 @@ func (c *controller) ControllerModifyVolume(ctx context.Context, req *csi.Contro
 	if err != nil {
 		return nil, err
 	}
-	h, store, name, unlock, err := c.open(req.GetVolumeId())
+	h, store, name, unlock, err := c.open(ctx, req.GetVolumeId())
 	if err != nil {
 		return nil, err
 	}

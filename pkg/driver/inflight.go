@@ -9,7 +9,7 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// inflight lets one operation at a time work on a volume.
+// inflight lets one operation at a time work on a volume or snapshot.
 type inflight struct {
 	mu   sync.Mutex
 	keys map[string]chan struct{} // closed when the key is free

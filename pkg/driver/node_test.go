@@ -352,14 +352,35 @@ func TestNode_OneOperationPerVolume(t *testing.T) {
 	first := make(chan error, 1)
 	go func() { first <- s.stage() }()
 	waitUntil(t, "it is under way", func() bool { return b.attacher.count("Attach") == 1 })
-	wantCode(t, "stage", s.stage(), codes.Aborted)
-	wantCode(t, "unstage", s.unstage(), codes.Aborted)
-	wantCode(t, "publish", s.publishAt(b.path("target"), false), codes.Aborted)
-	wantCode(t, "unpublish", s.unpublishAt(b.path("target")), codes.Aborted)
-	_, err := b.node.NodeExpandVolume(t.Context(), &csi.NodeExpandVolumeRequest{VolumeId: s.id, VolumePath: b.path("target")})
-	wantCode(t, "expand", err, codes.Aborted)
+	target := b.path("target")
+	for what, call := range map[string]func(ctx context.Context) error{
+		"unstage": func(ctx context.Context) error {
+			_, err := b.node.NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: s.id, StagingTargetPath: s.staging})
+			return err
+		},
+		"unpublish": func(ctx context.Context) error {
+			_, err := b.node.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: s.id, TargetPath: target})
+			return err
+		},
+		"expand": func(ctx context.Context) error {
+			_, err := b.node.NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{VolumeId: s.id, VolumePath: target})
+			return err
+		},
+	} {
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		wantCode(t, what+" for as long as its caller has time", call(ctx), codes.DeadlineExceeded)
+		cancel()
+	}
+	again, publish := make(chan error, 1), make(chan error, 1)
+	go func() { again <- s.stage() }()
+	stillWaits(t, "stage", again)
+	go func() { publish <- s.publishAt(target, false) }()
+	stillWaits(t, "publish", publish)
 	release()
 	must(t, "the first", <-first)
+	must(t, "the second", <-again)
+	<-publish // in which order they come, nobody has said
+	must(t, "unpublish", s.unpublishAt(target))
 	must(t, "another volume", other.stage())
 }
 

@@ -32,7 +32,7 @@ func (c *controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshot
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := c.busy.lock("snapshot " + name)
+	unlock, err := c.busy.wait(ctx, "snapshot "+name)
 	if err != nil {
 		return nil, err
 	}
@@ -79,7 +79,7 @@ func (c *controller) DeleteSnapshot(ctx context.Context, req *csi.DeleteSnapshot
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := c.busy.lock("snapshot " + h.snapshot)
+	unlock, err := c.busy.wait(ctx, "snapshot "+h.snapshot)
 	if err != nil {
 		return nil, err
 	}

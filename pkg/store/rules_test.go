@@ -159,6 +159,8 @@ func TestCreateVolume_Refused(t *testing.T) {
 	s, m := newStore(t)
 	putImage(t, m, "i.vmdk", "vmdk", 4*mib)
 	putImage(t, m, "i.img", "raw", 4*mib)
+	putImage(t, m, "noise.VMDK", "raw", 4*mib)
+	putImage(t, m, "flat.vhd", "raw", 4*mib)
 	volume(t, s, "raw-source-less")
 	create(t, s, store.CreateVolumeRequest{Name: "flat", SizeBytes: mib, Format: "raw"})
 	before := tree(t, m, ".")
@@ -177,6 +179,8 @@ func TestCreateVolume_Refused(t *testing.T) {
 		{store.CreateVolumeRequest{SizeBytes: mib, Parameters: store.Parameters{ClusterBytes: -4}}, block.ErrInvalid, "clusterSize -4"},
 		{store.CreateVolumeRequest{SizeBytes: mib, Parameters: store.Parameters{ClusterBytes: 1000}}, nil, "1000"},
 		{store.CreateVolumeRequest{Source: store.Source{Image: "missing"}}, block.ErrNotFound, "missing"},
+		{store.CreateVolumeRequest{Source: store.Source{Image: "noise.VMDK"}}, block.ErrCorrupt, "noise.VMDK: image is corrupt: it is named as a vmdk image"},
+		{store.CreateVolumeRequest{Source: store.Source{Image: "flat.vhd", Mode: store.ImageCopy}}, block.ErrCorrupt, "named as a vhd image"},
 		{store.CreateVolumeRequest{Format: "vmdk", Source: store.Source{Image: "i.img"}}, block.ErrUnsupported, "imageMode=copy"},
 		{store.CreateVolumeRequest{Format: "raw", Source: store.Source{Image: "i.vmdk"}}, block.ErrUnsupported, "imageMode=copy"},
 		{store.CreateVolumeRequest{Source: store.Source{Image: "i.vmdk", Mode: "guess"}}, block.ErrInvalid, "overlay or copy"},

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"path"
+	"strings"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/formats"
@@ -147,6 +149,18 @@ func (s *Store) standOn(ctx context.Context, layers []LayerRecord, wanted string
 	return &base{format: format, layers: layers, parent: &openParent{layer: layer, sizeBytes: sizeBytes}}, nil
 }
 
+// checkSuffix refuses a file that would pass for a raw disk, as everything does, and is named as
+// an image of another format: it is damaged, or only an extent of one.
+func checkSuffix(image, format string) error {
+	suffix := strings.ToLower(strings.TrimPrefix(path.Ext(image), "."))
+	named, err := formats.Lookup(suffix)
+	if format != "raw" || err != nil || named.Name() == "raw" {
+		return nil
+	}
+	return fmt.Errorf("image %s: %w: it is named as a %s image, but does not begin as one: want an intact image; where its data is in several files, the one that describes them; or another name, as disk.img, for a raw disk",
+		image, block.ErrCorrupt, suffix)
+}
+
 // resolveImage opens an image that a person put into the store. This is the one place
 // where formats are probed: what is found is recorded, and holds from then on.
 func (s *Store) resolveImage(ctx context.Context, req CreateVolumeRequest) (*base, error) {
@@ -160,6 +174,9 @@ func (s *Store) resolveImage(ctx context.Context, req CreateVolumeRequest) (*bas
 	}
 	if err != nil {
 		return nil, fmt.Errorf("image %s: %w", req.Source.Image, err)
+	}
+	if err := checkSuffix(req.Source.Image, img.Layers()[0].Format); err != nil {
+		return nil, errors.Join(err, img.Close())
 	}
 	if req.Source.Mode == ImageCopy {
 		format, err := formats.Lookup(orDefault(req.Format))
