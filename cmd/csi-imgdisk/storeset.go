@@ -24,7 +24,7 @@ const (
 	defaultMountDir = "/var/lib/csi-imgdisk/stores"
 	// A store that cannot be mounted or opened is tried again, first soon.
 	firstRetry = time.Second
-	lastRetry  = 30 * time.Second
+	lastRetry  = time.Minute
 	// closePatience is how long stores may take to close: one may hang.
 	closePatience = 5 * time.Second
 )

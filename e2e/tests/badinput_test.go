@@ -109,9 +109,19 @@ func badSnapshots(e *env) {
 	e.refused([]wrong{
 		{claim{name: "other-store", snapshot: "good"}, map[string]string{"store": install.StoreSmall}, `parameter store "small".*want main, which main/pvc-.* is in`},
 		{claim{name: "none", snapshot: "never-made"}, nil, `never-made.*not found`},
+		{claim{name: "foreign", snapshot: "elsewhere"}, nil, `elsewhere|other\.example\.org`},
 	})
-	e.complains("VolumeSnapshot", "parameters", `snapshot parameter colour "blue".*want none`)
-	e.complains("VolumeSnapshot", "elsewhere", `other\.example\.org|[Dd]river`)
+	e.eventually(soon, "snapshot parameters says what is wrong", func(ctx context.Context) (string, error) {
+		s, err := world.dynamic.Resource(snapshots).Namespace(e.ns).Get(ctx, "parameters", metav1.GetOptions{})
+		if err != nil {
+			return "", err
+		}
+		says, _, err := unstructured.NestedString(s.Object, "status", "error", "message")
+		if !strings.Contains(says, `snapshot parameter colour \"blue\"`) || !strings.Contains(says, "want none") {
+			return "it says: " + says, err
+		}
+		return "", nil
+	})
 }
 
 func (e *env) snapshotClass(driver string, parameters map[string]any) string {

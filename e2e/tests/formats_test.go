@@ -75,6 +75,7 @@ func (e *env) check(dirs ...string) {
 	script := ""
 	for _, dir := range dirs {
 		_, volume, _ := strings.Cut(dir, "/")
+		e.volumeDetached(volume) // which comes after a pod is gone
 		script += fmt.Sprintf(`for image in /store/volumes/%s/%[1]s*; do
   case $image in *.raw|*.img) ;; *) csi-imgdisk image check $image;; esac
 done

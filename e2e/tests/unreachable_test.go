@@ -10,7 +10,6 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -223,20 +222,25 @@ func (e *env) nodeReady(name string, want bool) {
 func (e *env) detached(claims ...string) {
 	e.Helper()
 	for _, name := range claims {
-		volume := e.volumeName(name)
-		e.eventually(longer, "claim "+name+" is detached", func(ctx context.Context) (string, error) {
-			list, err := world.client.StorageV1().VolumeAttachments().List(ctx, metav1.ListOptions{})
-			if err != nil && !apierrors.IsNotFound(err) {
-				return "", err
-			}
-			for _, a := range list.Items {
-				if *a.Spec.Source.PersistentVolumeName == volume {
-					return fmt.Sprintf("attached to %s, %v", a.Spec.NodeName, a.Status.DetachError), nil
-				}
-			}
-			return "", nil
-		})
+		e.volumeDetached(e.volumeName(name))
 	}
+}
+
+// volumeDetached waits until the volume of a PersistentVolume is attached to no node.
+func (e *env) volumeDetached(volume string) {
+	e.Helper()
+	e.eventually(longer, "volume "+volume+" is detached", func(ctx context.Context) (string, error) {
+		list, err := world.client.StorageV1().VolumeAttachments().List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return "", err
+		}
+		for _, a := range list.Items {
+			if *a.Spec.Source.PersistentVolumeName == volume {
+				return fmt.Sprintf("attached to %s, %v", a.Spec.NodeName, a.Status.DetachError), nil
+			}
+		}
+		return "", nil
+	})
 }
 
 // serverRestarted: the NFS server is without power for a minute while volumes on both nodes are
