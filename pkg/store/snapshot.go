@@ -80,16 +80,18 @@ func (s *Store) wishSnapshot(ctx context.Context, volume, snapshot string) (snap
 	if err := s.checkWish(rec); err != nil {
 		return snap, err
 	}
-	// Two volumes must not both be told that the name is free.
-	store, err := s.locks.lock(ctx, storeLock)
-	if err != nil {
-		return snap, err
-	}
-	defer store.Unlock()
-	if err := s.checkSnapshotName(ctx, volume, snapshot); err != nil {
-		return snap, err
-	}
 	snap = SnapshotRecord{Name: snapshot, Requested: now()}
+	if !snap.isPin() { // which is named for a clone, as no other volume is
+		// Two volumes must not both be told that the name is free.
+		store, err := s.locks.lock(ctx, storeLock)
+		if err != nil {
+			return snap, err
+		}
+		defer store.Unlock()
+		if err := s.checkSnapshotName(ctx, volume, snapshot); err != nil {
+			return snap, err
+		}
+	}
 	rec.Merging = nil
 	rec.Snapshots = append(rec.Snapshots, snap)
 	return snap, s.writeRecord(rec)

@@ -2,6 +2,7 @@ package store_test
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -62,4 +63,28 @@ func TestLife(t *testing.T) {
 		must(t, s.DeleteVolume(ctx, "restored"))
 		expectEmpty(t, fsys)
 	})
+}
+
+// Records are read by several at once when there are many; none is lost or twice there, and
+// one that cannot be read is told with the others.
+func TestVolumes_Many(t *testing.T) {
+	s, m := newStore(t)
+	const volumes = 50
+	for i := range volumes {
+		create(t, s, store.CreateVolumeRequest{Name: fmt.Sprintf("v%02d", i), SizeBytes: mib})
+	}
+	f, err := m.Open("volumes/v17/volume.json", vfs.ReadWrite)
+	must(t, err)
+	must(t, f.Truncate(1))
+	must(t, f.Close())
+	all, err := s.Volumes(t.Context())
+	must(t, err)
+	for i, e := range all {
+		if want := fmt.Sprintf("v%02d", i); e.Name != want || (e.Err != nil) != (i == 17) || e.Err == nil && e.Record.Name != want {
+			t.Errorf("volume %d is %s (record of %q, %v), want %s", i, e.Name, e.Record.Name, e.Err, want)
+		}
+	}
+	if len(all) != volumes {
+		t.Errorf("%d volumes are listed, want %d", len(all), volumes)
+	}
 }

@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
 )
@@ -50,6 +52,10 @@ func (s *Store) Volumes(ctx context.Context) ([]VolumeEntry, error) {
 	return slices.DeleteFunc(all, func(e VolumeEntry) bool { return e.Err == nil && e.Record.exists() != nil }), nil
 }
 
+// recordReaders is how many records are read at the same time: on a network's store, reading
+// one is mostly waiting.
+const recordReaders = 16
+
 // records lists all records, also of volumes that are being made or are deleted.
 func (s *Store) records(ctx context.Context) ([]VolumeEntry, error) {
 	dirs, err := s.fs.ReadDir(volumesDir)
@@ -58,19 +64,26 @@ func (s *Store) records(ctx context.Context) ([]VolumeEntry, error) {
 	}
 	var list []VolumeEntry
 	for _, dir := range dirs {
-		if err := ctx.Err(); err != nil {
-			return nil, err
+		if dir.IsDir() && checkVolumeName(dir.Name()) == nil { // others are not ours: Check reports them
+			list = append(list, VolumeEntry{Name: dir.Name()})
 		}
-		if !dir.IsDir() || checkVolumeName(dir.Name()) != nil {
-			continue // not ours: Check reports it
-		}
-		rec, err := s.readRecord(dir.Name())
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // just being made, or just gone
-		}
-		list = append(list, VolumeEntry{Name: dir.Name(), Record: rec, Err: err})
 	}
-	return list, nil
+	var readers sync.WaitGroup
+	var next atomic.Int64
+	for range min(recordReaders, (len(list)+recordReaders-1)/recordReaders) { // one, if there are few
+		readers.Go(func() {
+			for i := next.Add(1) - 1; i < int64(len(list)) && ctx.Err() == nil; i = next.Add(1) - 1 {
+				list[i].Record, list[i].Err = s.readRecord(list[i].Name)
+			}
+		})
+	}
+	readers.Wait()
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(list, func(e VolumeEntry) bool {
+		return errors.Is(e.Err, fs.ErrNotExist) // just being made, or just gone
+	}), nil
 }
 
 // SnapshotEntry is a snapshot in a list.
