@@ -94,7 +94,7 @@ func values(driverImage string) map[string]any {
 		// What upstream's suite is told that the driver can, package suite.
 		"csiDriver": map[string]any{"storageCapacity": true},
 		"node":      map[string]any{"maxVolumes": MaxVolumes},
-		"sidecars": map[string]any{"leaderElection": map[string]any{
+		"controller": map[string]any{"leaderElection": map[string]any{
 			// A replica on a busy emulated processor is not to pass for gone.
 			"leaseDuration": "60s", "renewDeadline": "45s", "retryPeriod": "10s",
 		}},
