@@ -47,7 +47,11 @@ func (s *Store) Check(ctx context.Context, repair bool) (CheckReport, error) {
 	if err != nil {
 		return c.report, fmt.Errorf("list volumes: %w", err)
 	}
-	needed, err := s.neededLayers(ctx)
+	entries, err := s.records(ctx)
+	if err != nil {
+		return c.report, err
+	}
+	needed, err := (&scan{entries: entries}).neededLayers()
 	if err != nil {
 		needed = nil // the unreadable record is reported below; orphans cannot be told
 	}

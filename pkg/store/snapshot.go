@@ -81,20 +81,22 @@ func (s *Store) wishSnapshot(ctx context.Context, volume, snapshot string) (snap
 		return snap, err
 	}
 	snap = SnapshotRecord{Name: snapshot, Requested: now()}
-	if !snap.isPin() { // which is named for a clone, as no other volume is
-		// Two volumes must not both be told that the name is free.
-		store, err := s.locks.lock(ctx, storeLock)
-		if err != nil {
-			return snap, err
-		}
-		defer store.Unlock()
-		if err := s.checkSnapshotName(ctx, volume, snapshot); err != nil {
-			return snap, err
-		}
-	}
 	rec.Merging = nil
 	rec.Snapshots = append(rec.Snapshots, snap)
-	return snap, s.writeRecord(rec)
+	if snap.isPin() { // it is named for a clone, as no other volume's is
+		return snap, s.writeRecord(rec)
+	}
+	// Two volumes must not both be told that the name is free.
+	return snap, s.withAll(ctx, func(all *scan) error {
+		if err := all.checkSnapshotName(volume, snapshot); err != nil {
+			return err
+		}
+		err := s.writeRecord(rec)
+		if err == nil {
+			all.update(rec)
+		}
+		return err
+	})
 }
 
 // checkWish refuses a wish that nobody could fulfil.
@@ -111,21 +113,6 @@ func (s *Store) checkWish(rec Record) error {
 	if len(rec.Layers)+wished >= s.opts.MaxChain {
 		return fmt.Errorf("%w: the volume stands on %d layers, and %d is the limit: delete snapshots, and wait until their layers are merged",
 			block.ErrUnsupported, len(rec.Layers)+wished, s.opts.MaxChain)
-	}
-	return nil
-}
-
-// checkSnapshotName makes sure that no other volume has a snapshot of that name. The
-// store's lock is held.
-func (s *Store) checkSnapshotName(ctx context.Context, volume, snapshot string) error {
-	all, err := s.records(ctx)
-	if err != nil {
-		return err
-	}
-	for _, e := range all {
-		if e.Name != volume && e.Record.snapshot(snapshot) != nil {
-			return fmt.Errorf("%w: volume %s has a snapshot of that name", block.ErrExists, e.Name)
-		}
 	}
 	return nil
 }

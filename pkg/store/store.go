@@ -61,11 +61,12 @@ func (o *Options) setDefaults() {
 // Store is an open store. All methods are safe for concurrent use, also by any number of
 // processes on any number of nodes.
 type Store struct {
-	name  string
-	id    string
-	fs    vfs.FS
-	opts  Options
-	locks locker
+	name    string
+	id      string
+	fs      vfs.FS
+	opts    Options
+	locks   locker
+	batches batches
 
 	creations creations
 }

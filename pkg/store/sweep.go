@@ -24,16 +24,6 @@ func (s *Store) sweep(ctx context.Context, name string) (removed []string, err e
 		return nil, err
 	}
 	defer lock.Unlock()
-	store, err := s.locks.lock(ctx, storeLock)
-	if err != nil {
-		return nil, err
-	}
-	defer store.Unlock()
-	return s.sweepLocked(ctx, name)
-}
-
-// sweepLocked is sweep for who holds both locks.
-func (s *Store) sweepLocked(ctx context.Context, name string) (removed []string, err error) {
 	rec, err := s.readRecord(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // somebody was faster
@@ -41,7 +31,34 @@ func (s *Store) sweepLocked(ctx context.Context, name string) (removed []string,
 	if err != nil {
 		return nil, err
 	}
-	needed, err := s.neededLayers(ctx)
+	if tidy, err := s.isTidy(rec); tidy || err != nil {
+		return nil, err
+	}
+	err = s.withAll(ctx, func(all *scan) error {
+		removed, err = s.sweepLocked(rec, all)
+		return err
+	})
+	return removed, err
+}
+
+// isTidy reports that a volume needs all that is in its directory itself, which is seen
+// without the other records.
+func (s *Store) isTidy(rec Record) (bool, error) {
+	if rec.Deleted {
+		return false, nil
+	}
+	needed := map[string]bool{}
+	for _, l := range rec.neededLayers() {
+		needed[l] = true
+	}
+	unneeded, _, err := s.unneededFiles(rec.Name, needed)
+	return len(unneeded) == 0, err
+}
+
+// sweepLocked is sweep for who holds both locks.
+func (s *Store) sweepLocked(rec Record, all *scan) (removed []string, err error) {
+	name := rec.Name
+	needed, err := all.neededLayers()
 	if err != nil {
 		return nil, fmt.Errorf("remove what nothing needs of volume %s: %w", name, err)
 	}
@@ -84,26 +101,6 @@ func (s *Store) inUse(file string) (bool, error) {
 		return false, nil
 	}
 	return false, err
-}
-
-// neededLayers marks: the files of all layers that a volume or a snapshot reaches, or
-// that are about to become one. It fails when any record is unreadable, because nobody
-// knows what that one needs.
-func (s *Store) neededLayers(ctx context.Context) (map[string]bool, error) {
-	all, err := s.records(ctx)
-	if err != nil {
-		return nil, err
-	}
-	needed := map[string]bool{}
-	for _, e := range all {
-		if e.Err != nil {
-			return nil, fmt.Errorf("what volume %s needs is unknown: %w", e.Name, e.Err)
-		}
-		for _, l := range e.Record.neededLayers() {
-			needed[l] = true
-		}
-	}
-	return needed, nil
 }
 
 // neededLayers returns the files of the layers that the record keeps alive.
