@@ -34,6 +34,12 @@ func (n *NewFiles) Make(ctx context.Context, name string, fill FillFunc) error {
 	if err == nil {
 		err = f.Sync()
 	}
+	if err != nil {
+		// An NFS client unlocks a file once all of it is written, which on a full server it
+		// never is: so there is nothing to be written any more. Whether that works or not,
+		// the file is going to be removed.
+		_ = f.Truncate(0)
+	}
 	return errors.Join(err, f.Close())
 }
 
