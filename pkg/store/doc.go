@@ -26,8 +26,8 @@
 //	publish.go   which node a volume is for
 //	attach.go    a volume as a device; watch.go: carrying out wishes live; fence.go: losing it
 //	snapshot.go  snapshots; expand.go: growing
-//	delete.go    deleting; sweep.go: what nothing needs; merge.go,
-//	             mergelive.go: shorter chains; gc.go: all of it
+//	delete.go    deleting; sweep.go: what nothing needs; batch.go: with one reading of all
+//	             records for several; merge.go, mergelive.go: shorter chains; gc.go: all of it
 //	check.go     what is wrong; tree.go, draw.go: what stands on what
 //
 // # Rules

@@ -75,6 +75,9 @@
 // of the supervisor's that nothing interrupts. What such threads must not hold, see
 // attach.apart; and while a device is being made the keeper does not have it.
 //
+// Servers start in turns (turns.go): a busy processor that starts many together starts none
+// in time.
+//
 // # Upgrades
 //
 // A server is replaced by one of another program with requests waiting for well under a
