@@ -563,18 +563,22 @@ func (c *toyCodec) Check(_ context.Context, repair *engine.Commit, _ func(done, 
 		return engine.CheckResult{}, err
 	}
 	var result engine.CheckResult
+	corruption := func(format string, args ...any) {
+		const described = 100
+		if result.Corruptions++; result.Corruptions <= described {
+			result.Problems = append(result.Problems, engine.Problem{Corrupt: true, Text: fmt.Sprintf(format, args...)})
+		}
+	}
 	var used []int64
 	for i := range c.h.entries {
 		e, err := c.entry(i)
 		switch {
 		case errors.Is(err, block.ErrCorrupt):
-			result.Corruptions++
-			result.Problems = append(result.Problems, engine.Problem{Corrupt: true, Text: err.Error()})
+			corruption("%v", err)
 		case err != nil:
 			return result, err
 		case e > toyZero && slices.Contains(used, e&^toyFlags):
-			result.Corruptions++
-			result.Problems = append(result.Problems, engine.Problem{Corrupt: true, Text: fmt.Sprintf("cluster %#x has two owners", e)})
+			corruption("cluster %#x has two owners", e)
 		case e > toyZero:
 			used = append(used, e&^toyFlags)
 		}
