@@ -9,6 +9,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/csi-imgdisk/csi-imgdisk/e2e/cluster"
 	"github.com/csi-imgdisk/csi-imgdisk/e2e/install"
@@ -119,6 +120,24 @@ func badSnapshots(e *env) {
 		says, _, err := unstructured.NestedString(s.Object, "status", "error", "message")
 		if !strings.Contains(says, `snapshot parameter colour \"blue\"`) || !strings.Contains(says, "want none") {
 			return "it says: " + says, err
+		}
+		return "", nil
+	})
+	e.deleteSnapshot("elsewhere")
+	e.eventually(soon, "what is left for the other driver, which does not exist, is gone", func(ctx context.Context) (string, error) {
+		list, err := world.dynamic.Resource(contents).List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return "", err
+		}
+		for _, c := range list.Items {
+			of, _, _ := unstructured.NestedString(c.Object, "spec", "volumeSnapshotRef", "namespace")
+			if driver, _, _ := unstructured.NestedString(c.Object, "spec", "driver"); of != e.ns || driver == install.Driver {
+				continue
+			}
+			if c.GetDeletionTimestamp() != nil {
+				_, err = world.dynamic.Resource(contents).Patch(ctx, c.GetName(), types.MergePatchType, []byte(`{"metadata":{"finalizers":null}}`), metav1.PatchOptions{})
+			}
+			return c.GetName(), err
 		}
 		return "", nil
 	})
