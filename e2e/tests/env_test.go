@@ -169,6 +169,7 @@ func (e *env) remove() {
 			}
 		}
 		e.deleteSnapshots(ctx)
+		e.letGo(ctx)
 		left, err := e.deleteClaims(ctx)
 		return left + strings.Repeat("pods ", min(len(pods.Items), 1)), err
 	})
