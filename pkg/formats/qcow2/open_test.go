@@ -23,6 +23,21 @@ func newSmall(t testing.TB, extra map[string]string) *vfs.Mem {
 	return fsys
 }
 
+// allocate has the first 64 KiB of a.qcow2 take space.
+func allocate(t testing.TB, fsys vfs.FS) {
+	t.Helper()
+	image, err := memOpen(fsys, "a.qcow2", vfs.ReadWrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := image.WriteAt(make([]byte, 64<<10), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := image.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestOpen_Refuses(t *testing.T) {
 	for name, c := range map[string]struct {
 		off  int64
@@ -113,16 +128,7 @@ func TestOpen_RefusesNames(t *testing.T) {
 // and harms nobody else.
 func TestLookup_BadEntries(t *testing.T) {
 	fsys := newSmall(t, nil)
-	image, err := memOpen(fsys, "a.qcow2", vfs.ReadWrite)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := image.WriteAt(make([]byte, 64<<10), 0); err != nil {
-		t.Fatal(err)
-	}
-	if err := image.Close(); err != nil {
-		t.Fatal(err)
-	}
+	allocate(t, fsys)
 	p := peek(t, fsys, "a.qcow2")
 	l1 := binary.BigEndian.Uint64(p[40:])
 	l2 := binary.BigEndian.Uint64(p[l1:]) & (1<<56 - 1)

@@ -25,16 +25,7 @@ func TestRepair_EntryPastTheEnd(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			fsys := vfs.NewMem()
 			memCreate(t, fsys, qcow2.Format{}, formats.CreateRequest{Name: "a.qcow2", SizeBytes: 1 << 20, ClusterBytes: 512})
-			image, err := memOpen(fsys, "a.qcow2", vfs.ReadWrite)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if _, err := image.WriteAt(make([]byte, 64<<10), 0); err != nil {
-				t.Fatal(err)
-			}
-			if err := image.Close(); err != nil {
-				t.Fatal(err)
-			}
+			allocate(t, fsys)
 			p := peek(t, fsys, "a.qcow2")
 			damage(p, uint64(len(p)+511)&^511)
 			be.PutUint64(p[be.Uint64(p[48:]):], 0) // no refcount block: all have to be made anew
