@@ -60,8 +60,9 @@ const (
 func (m *Machine) qemu() []string {
 	args := []string{
 		"-name", "imgdisk-" + m.name, "-nodefaults", "-display", "none", "-no-reboot", "-pidfile", pidFile,
-		// Page tables of five levels cost an emulated processor more than those of four.
-		"-accel", "tcg,thread=multi", "-cpu", "max,la57=off",
+		// Without what costs an emulator the most: page tables of five levels, instructions that
+		// copy and clear memory byte by byte, bits that tell user's from kernel's pages.
+		"-accel", "tcg,thread=multi", "-cpu", "max,la57=off,erms=off,smap=off,smep=off",
 		// One processor: with more, emulated ones wait for each other, and now and then trip over
 		// a kernel that changes its own code while it starts.
 		"-smp", "1", "-m", strconv.Itoa(m.memoryMiB),

@@ -156,7 +156,7 @@ func (t *ublkTransport) add(ctx context.Context, st *State, features uint64, hoo
 			return err
 		}
 		info := ublkDevInfo{
-			Queues: uint16(min(runtime.NumCPU(), ublkMaxQueues)), Depth: ublkDepth,
+			Queues: ublkQueues(features), Depth: ublkDepth,
 			MaxIOBytes: ublkMaxRequestBytes, Dev: uint32(index),
 			Flags:       ublkNeeded | features&(ublkWanted|ublkHasTryStop|ublkNoPartScan),
 			ServerFlags: ublkHash(st.ID),
@@ -174,6 +174,16 @@ func (t *ublkTransport) add(ctx context.Context, st *State, features uint64, hoo
 		}
 	}
 	return fmt.Errorf("ublk: all numbers from %d to %d are taken: %w", ublkFirstIndex, ublkEndIndex-1, block.ErrBusy)
+}
+
+// ublkQueues is how many queues a new device gets. Kernels before 6.16 crash when a device
+// is to be recovered whose server died when one queue had asked for requests and another had
+// not: there it has one.
+func ublkQueues(features uint64) uint16 {
+	if features&ublkHasQuiesce == 0 {
+		return 1
+	}
+	return uint16(min(runtime.NumCPU(), ublkMaxQueues))
 }
 
 // start completes an added device, and the state.

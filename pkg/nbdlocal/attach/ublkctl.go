@@ -29,6 +29,9 @@ const (
 	// ublkCancelPatience is how long one may take to be cancelled.
 	ublkCancelPatience = 3 * time.Second
 	ublkPollInterval   = 50 * time.Millisecond
+	// ublkServerWatch is how often it is looked whether a server is still there that is about
+	// to ask for requests.
+	ublkServerWatch = 250 * time.Millisecond
 )
 
 // ublkSerial has quick commands carried out one after the other: the driver does that
@@ -112,7 +115,7 @@ func (c ublkCall) do(ctx context.Context) error {
 }
 
 // around has the kernel begin with the command, which waits for a server, then calls f, which
-// brings the server, and returns when the command has ended.
+// brings the server, and returns when the command has ended, or the server has.
 //
 // Once a server has asked for all requests, nothing may come between that and the command's
 // effect. A server that died in between would be taken for a living one: kernels before
@@ -137,8 +140,23 @@ func (c ublkCall) around(ctx context.Context, f func(context.Context) error) err
 		<-ended // cancelled, most likely; err says why
 		return err
 	}
-	<-ended
-	return outcome
+	watch := time.NewTicker(ublkServerWatch)
+	defer watch.Stop()
+	for {
+		select {
+		case <-ended:
+			return outcome
+		case <-watch.C:
+		}
+		if ublkHasServer(int(c.dev)) {
+			continue
+		}
+		cancel()
+		if <-ended; outcome == nil {
+			return nil
+		}
+		return fmt.Errorf("%s of device %d: the server has ended, or has given the device back, before it asked for all requests: %w", c.name, c.dev, block.ErrClosed)
+	}
 }
 
 // carryOut returns once the kernel is done with the command, however long that takes, and

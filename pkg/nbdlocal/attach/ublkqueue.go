@@ -167,8 +167,9 @@ type ublkQueue struct {
 	s        *ublkServer
 	id       uint16
 	thread   *ublkThread
-	desc     []byte // mapping that the driver writes descriptors to
-	mem      []byte // mapping of the requests' buffers, and of a page for woken
+	desc     []byte        // mapping that the driver writes descriptors to
+	mapped   chan struct{} // closed when desc is there and requests may be carried out
+	mem      []byte        // mapping of the requests' buffers, and of a page for woken
 	requests [ublkDepth]ublkRequest
 
 	wakeFD    int
@@ -188,7 +189,7 @@ const ublkBuffersBytes = ublkDepth * ublkMaxRequestBytes
 // newUBLKQueue makes a queue, which owns desc from then on, whatever it returns.
 func newUBLKQueue(s *ublkServer, id int, desc []byte, threads *UBLKThreads) (*ublkQueue, error) {
 	q := &ublkQueue{
-		s: s, id: uint16(id), desc: desc, wakeFD: -1,
+		s: s, id: uint16(id), desc: desc, mapped: make(chan struct{}), wakeFD: -1,
 		done: make([]*ublkRequest, 0, ublkDepth), free: make([]*ublkRequest, 0, ublkDepth),
 	}
 	if err := q.setUp(threads); err != nil {
@@ -231,18 +232,30 @@ func (q *ublkQueue) close() {
 	}
 }
 
-// serve asks for requests and carries them out, until the device is stopped or the server
-// is. It runs on the queue's thread.
+// ask has the queue's thread ask for requests, and returns when it has. The thread carries
+// them out from when q.mapped is closed on, and says in q.s.ended what became of that.
+func (q *ublkQueue) ask() error {
+	asked := make(chan error, 1)
+	q.thread.use <- func() {
+		// All in one system call, which nothing interrupts: kernels before 6.16 can't
+		// recover a device again of which only a part of a queue was asked for.
+		q.listen()
+		for tag := range q.requests {
+			q.command(ublkFetch, &q.requests[tag])
+		}
+		err := q.handIn()
+		asked <- err
+		if err == nil {
+			<-q.mapped
+			q.s.ended <- q.serve()
+		}
+	}
+	return <-asked
+}
+
+// serve carries requests out, until the device is stopped or the server is. It runs on the
+// queue's thread.
 func (q *ublkQueue) serve() error {
-	if q.s.stopped.Load() {
-		return nil
-	}
-	// All in one system call, which nothing interrupts: kernels before 6.16 can't
-	// recover a device again of which only a part of a queue was asked for.
-	q.listen()
-	for tag := range q.requests {
-		q.command(ublkFetch, &q.requests[tag])
-	}
 	for !q.finished() {
 		q.prepared = 0
 		if err := q.thread.ring.Enter(1, q.patience()); err != nil {

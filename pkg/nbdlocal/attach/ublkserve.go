@@ -70,40 +70,74 @@ type ublkServer struct {
 	pace    ublkPace
 	work    chan *ublkRequest // for helpers; has room for all requests there can be
 	flushes chan *ublkRequest // … as has this, for which there is one more
+	ended   chan error        // what became of each queue's thread
 	stopped atomic.Bool
 
 	ending sync.Mutex // guards against a stop that comes when all is closed
 	closed bool
 }
 
-// newUBLKServer makes a server of as many queues as the device has.
+// newUBLKServer makes a server of as many queues as the device has. They have asked for
+// requests when it returns, and begin with them when run is called.
 func newUBLKServer(file *os.File, dev block.Device, threads *UBLKThreads) (*ublkServer, error) {
 	fd, err := dupDescriptor(file)
 	if err != nil {
 		return nil, err
 	}
-	s := &ublkServer{dev: dev, fd: fd}
-	for {
-		desc, err := mapUBLKDescriptors(fd, len(s.queues))
-		if errors.Is(err, unix.EINVAL) && len(s.queues) > 0 {
-			break // there is no such queue
-		}
-		if err == nil && len(s.queues) == ublkMaxQueues {
-			err = errors.Join(fmt.Errorf("the device has more than %d queues: %w", ublkMaxQueues, block.ErrUnsupported), unix.Munmap(desc))
-		}
-		if err == nil {
-			var q *ublkQueue
-			if q, err = newUBLKQueue(s, len(s.queues), desc, threads); err == nil {
-				s.queues = append(s.queues, q)
-				continue
-			}
+	s := &ublkServer{
+		dev: dev, fd: fd,
+		work:    make(chan *ublkRequest, ublkMaxQueues*ublkDepth),
+		flushes: make(chan *ublkRequest, ublkMaxQueues*ublkDepth),
+		ended:   make(chan error, ublkMaxQueues),
+	}
+	if err := s.ask(threads); err != nil {
+		s.stop()
+		for _, q := range s.queues {
+			close(q.mapped)
 		}
 		s.close()
 		return nil, err
 	}
-	s.work = make(chan *ublkRequest, len(s.queues)*ublkDepth)
-	s.flushes = make(chan *ublkRequest, len(s.queues)*ublkDepth)
 	return s, nil
+}
+
+// ask makes the queues and has them ask for requests.
+//
+// Kernels before 6.16 cannot recover a device any more whose server has died after it had
+// mapped descriptors and before a queue had asked for requests: they let nobody else map
+// them. Devices have one queue there, so the first one asks before its descriptors are
+// mapped. Whether there is another one, mapping its descriptors shows.
+func (s *ublkServer) ask(threads *UBLKThreads) error {
+	for id := 0; ; id++ {
+		var desc []byte
+		if id > 0 {
+			var err error
+			desc, err = mapUBLKDescriptors(s.fd, id)
+			if errors.Is(err, unix.EINVAL) {
+				return nil
+			}
+			if err == nil && id == ublkMaxQueues {
+				err = errors.Join(fmt.Errorf("the device has more than %d queues: %w", ublkMaxQueues, block.ErrUnsupported), unix.Munmap(desc))
+			}
+			if err != nil {
+				return err
+			}
+		}
+		q, err := newUBLKQueue(s, id, desc, threads)
+		if err != nil {
+			return err
+		}
+		if err := q.ask(); err != nil {
+			q.close()
+			return err
+		}
+		s.queues = append(s.queues, q)
+		if id == 0 {
+			if q.desc, err = mapUBLKDescriptors(s.fd, id); err != nil {
+				return err
+			}
+		}
+	}
 }
 
 // mapUBLKDescriptors maps the descriptors of a queue's requests. EINVAL means that the
@@ -149,19 +183,16 @@ func (s *ublkServer) run(helpers int) error {
 	}
 	// A flush waits for no limit: it must not wait for helpers who do.
 	helping.Go(func() { s.help(nil, s.flushes) })
-	ended := make(chan error, len(s.queues))
 	for _, q := range s.queues {
-		q.thread.use <- func() {
-			err := q.serve()
-			if err != nil {
-				s.stop() // a device is served whole or not at all
-			}
-			ended <- err
-		}
+		close(q.mapped)
 	}
 	var errs []error
 	for range s.queues {
-		errs = append(errs, <-ended)
+		err := <-s.ended
+		if err != nil {
+			s.stop() // a device is served whole or not at all
+		}
+		errs = append(errs, err)
 	}
 	close(s.work)
 	close(s.flushes)

@@ -180,6 +180,38 @@ func testKillSuccessor(t *testing.T, cfg Config) {
 	r.detach()
 }
 
+// testKillSuccessorAtAnyTime kills servers while they prepare to serve a device, sooner and
+// later: wherever that meets them, the next one can have the device.
+func testKillSuccessorAtAnyTime(t *testing.T, cfg Config) {
+	if cfg.Transport != "ublk" {
+		t.Skip("nbd and FUSE make their successors ready in one step")
+	}
+	r := attachedRig(t, cfg)
+	l := r.startLoad()
+	const kills = 40
+	for i := range kills {
+		r.awaitProgress(l, 5)
+		r.killServer()
+		hooks := r.hooks()
+		serve := hooks.Serve
+		hooks.Serve = func(ctx context.Context, protocol string, files []*os.File) error {
+			err := serve(ctx, protocol, files)
+			// Later kills meet a server that serves, in an emulated machine too.
+			time.Sleep(time.Duration(r.rng.IntN(1+i)) * time.Millisecond)
+			_ = r.process.Process.Kill()
+			return err
+		}
+		if err := r.transport.Recover(r.ctx, r.state, hooks); err != nil {
+			t.Logf("the server was killed before it served: %v", err)
+		}
+		r.killServer()
+		r.recover()
+	}
+	r.awaitProgress(l, 50)
+	r.finish(l)
+	r.detach()
+}
+
 // testForgotten: what is known of a device from before it was complete is enough to remove
 // it.
 func testForgotten(t *testing.T, cfg Config) {

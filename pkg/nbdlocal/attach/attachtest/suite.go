@@ -65,6 +65,7 @@ func Run(t *testing.T, cfg Config) {
 		{"KillServerFullQueue", testKillServerFullQueue},
 		{"HandOver", testHandOver},
 		{"KillSuccessor", testKillSuccessor},
+		{"KillSuccessorAtAnyTime", testKillSuccessorAtAnyTime},
 		{"Forgotten", testForgotten},
 		{"Stalled", testStalled},
 	} {
