@@ -18,13 +18,8 @@ var formats = []string{"vmdk", "vhdx", "vdi", "qcow", "qcow2", "vpc", "raw"}
 
 // Each is what a user does; none disturbs the others, and the cluster is busy.
 func TestUse(t *testing.T) {
-	for i, format := range formats {
-		t.Run("Format_"+format, func(t *testing.T) {
-			t.Parallel()
-			moves(newEnv(t), format, bothNodes[i%2], bothNodes[(i+1)%2])
-		})
-	}
 	for name, test := range map[string]func(*env){
+		"Formats_MoveToTheOtherNode":              formatsMove,
 		"ReadWriteOncePod":                        readWriteOncePod,
 		"ReadOnlyMany_SnapshotOnBothNodes":        readOnlyMany,
 		"Snapshot_RestoreCloneExpand_UnderLoad":   snapshotUnderLoad,
@@ -41,32 +36,78 @@ func TestUse(t *testing.T) {
 // untilTold waits in a script until the test calls end.
 const untilTold = "trap 'exit 0' TERM; while :; do sleep 1; done"
 
-// fill writes something to claims ext4, xfs and block, and says its checksums.
-const fill = `
-test "$(stat -f -c %T /ext4)" = ext2/ext3; test "$(stat -f -c %T /xfs)" = xfs
-for dir in /ext4 /xfs; do head -c 4194304 /dev/urandom >$dir/data; sync $dir/data; done
-head -c 4194304 /dev/urandom | dd of=/dev/block bs=1M seek=100 iflag=fullblock oflag=direct conv=fsync status=none
-` + sums
+// kinds are what volumes are used as.
+var kinds = []string{"ext4", "xfs", "block"}
 
-// sums says the checksums of what fill wrote.
-const sums = `
-{ cat /ext4/data | sha256sum; cat /xfs/data | sha256sum
-  dd if=/dev/block bs=1M skip=100 count=4 iflag=direct status=none | sha256sum; } >/dev/termination-log
-`
-
-// moves: a volume of each kind in a format is filled on one node and read on the other.
-func moves(e *env, format, from, to string) {
-	e.claim(claim{name: "ext4", size: "128Mi", class: e.class(map[string]string{"store": "main", "format": format})})
-	e.claim(claim{name: "xfs", size: "320Mi", class: e.class(map[string]string{"store": "main", "format": format, "csi.storage.k8s.io/fstype": "xfs"})})
-	e.claim(claim{name: "block", size: "128Mi", block: true, class: e.class(map[string]string{"store": "main", "format": format})})
-	dirs := e.bound("ext4", "xfs", "block")
-	claims := pod{name: "first", node: from, files: []string{"ext4", "xfs"}, blocks: []string{"block"}, script: fill}
-	wrote := e.do(claims)
-	claims.name, claims.node, claims.script = "second", to, sums
-	if read := e.do(claims); read != wrote || strings.Count(wrote, "-") != 3 {
-		e.Errorf("wrote on %s, with checksums\n%s\nread on %s\n%s", from, wrote, to, read)
+// formatsMove: volumes of each format and kind, half of the formats on each node, are filled
+// there and read on the other node.
+func formatsMove(e *env) {
+	var all []string
+	for _, format := range formats {
+		plain := e.class(map[string]string{"store": "main", "format": format})
+		xfs := e.class(map[string]string{"store": "main", "format": format, "csi.storage.k8s.io/fstype": "xfs"})
+		all = append(all,
+			e.claim(claim{name: format + "-ext4", size: "128Mi", class: plain}),
+			e.claim(claim{name: format + "-xfs", size: "320Mi", class: xfs}),
+			e.claim(claim{name: format + "-block", size: "128Mi", block: true, class: plain}))
 	}
+	dirs := e.bound(all...)
+	halves := [][]string{formats[:len(formats)/2], formats[len(formats)/2:]}
+	var wrote []string
+	for i, half := range halves {
+		e.pod(mover("first-"+bothNodes[i], bothNodes[i], half, fill))
+	}
+	for i, half := range halves {
+		said := e.result("first-" + bothNodes[i])
+		if n := strings.Count(said, "\n") + 1; n != len(half)*len(kinds) {
+			e.Fatalf("wrote %v on %s, and have %d checksums: %s", half, bothNodes[i], n, said)
+		}
+		wrote = append(wrote, said)
+	}
+	e.deletePods("first-"+bothNodes[0], "first-"+bothNodes[1])
+	for i, half := range halves {
+		e.pod(mover("second-"+bothNodes[1-i], bothNodes[1-i], half, sum))
+	}
+	for i := range halves {
+		if read := e.result("second-" + bothNodes[1-i]); read != wrote[i] {
+			e.Errorf("wrote on %s, with checksums\n%s\nread on %s\n%s", bothNodes[i], wrote[i], bothNodes[1-i], read)
+		}
+	}
+	e.deletePods("second-"+bothNodes[0], "second-"+bothNodes[1])
 	e.check(dirs...)
+}
+
+// Scripts for a claim of each kind, which is %[1]s. sum says the checksum of what fill wrote.
+var (
+	fill = map[string]string{
+		"ext4":  `test "$(stat -f -c %%T /%[1]s)" = ext2/ext3; ` + fillFile,
+		"xfs":   `test "$(stat -f -c %%T /%[1]s)" = xfs; ` + fillFile,
+		"block": "head -c 4194304 /dev/urandom | dd of=/dev/%[1]s bs=1M seek=100 iflag=fullblock oflag=direct conv=fsync status=none\n" + sum["block"],
+	}
+	fillFile = "head -c 4194304 /dev/urandom >/%[1]s/data; sync /%[1]s/data\n" + sumFile
+	sum      = map[string]string{
+		"ext4":  sumFile,
+		"xfs":   sumFile,
+		"block": `echo "%[1]s $(dd if=/dev/%[1]s bs=1M skip=100 count=4 iflag=direct status=none | sha256sum)" >>/dev/termination-log` + "\n",
+	}
+	sumFile = `echo "%[1]s $(sha256sum </%[1]s/data)" >>/dev/termination-log` + "\n"
+)
+
+// mover is a pod that runs a script of each kind for its claim in each format.
+func mover(name, node string, formats []string, scripts map[string]string) pod {
+	p := pod{name: name, node: node}
+	for _, format := range formats {
+		for _, kind := range kinds {
+			claim := format + "-" + kind
+			if kind == "block" {
+				p.blocks = append(p.blocks, claim)
+			} else {
+				p.files = append(p.files, claim)
+			}
+			p.script += fmt.Sprintf(scripts[kind], claim)
+		}
+	}
+	return p
 }
 
 // check runs `image check` on all layers of volumes that are not attached.
@@ -119,11 +160,13 @@ func readOnlyMany(e *env) {
 		class := e.class(map[string]string{"store": "main", "csi.storage.k8s.io/fstype": fs})
 		e.claim(claim{name: name, size: "320Mi", class: class, snapshot: snapshot, mode: corev1.ReadOnlyMany})
 	}
-	read := ""
 	for _, fs := range fileSystems {
 		e.claim(claim{name: fs, size: "320Mi", class: e.class(map[string]string{"store": "main", "csi.storage.k8s.io/fstype": fs})})
-		e.do(pod{name: "fill-" + fs, files: []string{fs}, node: cluster.NodeA, script: fmt.Sprintf("seq 100000 >/%s/data", fs)})
-		e.bound(fs)
+	}
+	e.do(pod{name: "fill", files: fileSystems, node: cluster.NodeA, script: "seq 100000 >/ext4/data; seq 100000 >/xfs/data"})
+	e.bound(fileSystems...)
+	read := ""
+	for _, fs := range fileSystems {
 		e.snapshot("snap-"+fs, fs, "")
 		restored("many-"+fs, fs, "snap-"+fs)
 		read += fmt.Sprintf("seq 100000 | cmp - /many-%[1]s/data; ! touch /many-%[1]s/new 2>/dev/null\n", fs)

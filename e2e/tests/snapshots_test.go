@@ -40,21 +40,26 @@ func snapshotUnderLoad(e *env) {
 		w.mark()
 		w.advances()
 	}
-	e.verify(pod{name: "look-restored", node: cluster.NodeA, files: []string{"restored-files"}, blocks: []string{"restored-disk"}}, 50, atSnapshot...)
-	e.verify(pod{name: "look-cloned", node: cluster.NodeA, files: []string{"clone-files"}, blocks: []string{"clone-disk"}}, 50, atClone...)
 	atEnd := e.stop(writers)
-
-	// Volumes before their clones and snapshots; what stands on them is whole.
-	e.verify(pod{name: "look-grown", node: cluster.NodeA, files: []string{"files"}, blocks: []string{"disk"}}, 50, atEnd...)
+	e.verify(pod{
+		name: "look", node: cluster.NodeA,
+		files:  []string{"files", "restored-files", "clone-files"},
+		blocks: []string{"disk", "restored-disk", "clone-disk"},
+	}, 50, atEnd[0], atSnapshot[0], atClone[0], atEnd[1], atSnapshot[1], atClone[1])
 	e.check(dirs...)
+
+	// Volumes before their clones, snapshots before what was restored from them: what stands
+	// on them is whole.
 	e.deleteClaim("files")
 	e.deleteClaim("disk")
 	e.gone("files", "disk")
-	e.verify(pod{name: "look-orphan", node: cluster.NodeB, files: []string{"clone-files"}, blocks: []string{"clone-disk"}}, 51, atClone...)
 	e.deleteSnapshot("snap-files")
 	e.deleteSnapshot("snap-disk")
 	e.gone("snap-files", "snap-disk")
-	e.verify(pod{name: "look-last", node: cluster.NodeB, files: []string{"restored-files"}, blocks: []string{"restored-disk"}}, 51, atSnapshot...)
+	e.verify(pod{
+		name: "look-orphans", node: cluster.NodeB,
+		files: []string{"restored-files", "clone-files"}, blocks: []string{"restored-disk", "clone-disk"},
+	}, 51, atSnapshot[0], atClone[0], atSnapshot[1], atClone[1])
 }
 
 func flushedOf(writers []*writer) (flushed []int) {
