@@ -174,7 +174,7 @@ func benchDir(b *testing.B) vfs.FS {
 // BenchmarkFirstWrite writes 4 KiB blocks where nothing is yet, from threads like those of a
 // block server, to images on a file system in memory.
 func BenchmarkFirstWrite(b *testing.B) {
-	for _, format := range []string{"raw", "vmdk", "qcow2", "vdi", "vhdx", "vpc"} {
+	for _, format := range []string{"raw", "vmdk", "qcow2", "vdi", "vhdx", "vpc", "qcow"} {
 		b.Run(format, func(b *testing.B) {
 			const stride = 64 << 10
 			fsys := benchDir(b)
