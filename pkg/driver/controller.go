@@ -58,6 +58,9 @@ func (c *controller) ControllerGetCapabilities(context.Context, *csi.ControllerG
 	return resp, nil
 }
 
+// inStore adds the store's name to an error that says already what was being done there.
+func inStore(name string, err error) error { return fmt.Errorf("store %s: %w", name, err) }
+
 func (c *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
 	storeName, spec, err := c.volumeSpec(req)
 	if err != nil {
@@ -70,7 +73,7 @@ func (c *controller) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequ
 	defer unlock()
 	vol, err := c.cfg.Stores[storeName].CreateVolume(ctx, spec)
 	if err != nil {
-		return nil, fmt.Errorf("create volume %s: %w", req.GetName(), err)
+		return nil, inStore(storeName, err)
 	}
 	if vol.SizeBytes < spec.SizeBytes || spec.LimitBytes > 0 && vol.SizeBytes > spec.LimitBytes {
 		return nil, fmt.Errorf("create volume %s: one of %d bytes %w", req.GetName(), vol.SizeBytes, block.ErrExists)
@@ -208,7 +211,7 @@ func (c *controller) open(ctx context.Context, volumeID string) (h handle, store
 }
 
 func (c *controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
-	_, store, name, unlock, err := c.open(ctx, req.GetVolumeId())
+	h, store, name, unlock, err := c.open(ctx, req.GetVolumeId())
 	if errors.Is(err, block.ErrNotFound) {
 		return &csi.DeleteVolumeResponse{}, nil
 	}
@@ -217,7 +220,7 @@ func (c *controller) DeleteVolume(ctx context.Context, req *csi.DeleteVolumeRequ
 	}
 	defer unlock()
 	if err := store.DeleteVolume(ctx, name); err != nil && !errors.Is(err, block.ErrNotFound) {
-		return nil, fmt.Errorf("delete volume %s: %w", req.GetVolumeId(), err)
+		return nil, inStore(h.store, err)
 	}
 	return &csi.DeleteVolumeResponse{}, nil
 }

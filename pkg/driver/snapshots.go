@@ -42,7 +42,7 @@ func (c *controller) CreateSnapshot(ctx context.Context, req *csi.CreateSnapshot
 	}
 	snapshot, err := c.cfg.Stores[storeName].CreateSnapshot(ctx, volume, name)
 	if err != nil {
-		return nil, fmt.Errorf("create snapshot %s of volume %s: %w", req.GetName(), h, err)
+		return nil, inStore(storeName, err)
 	}
 	return &csi.CreateSnapshotResponse{Snapshot: c.csiSnapshot(storeName, snapshot)}, nil
 }
@@ -85,7 +85,7 @@ func (c *controller) DeleteSnapshot(ctx context.Context, req *csi.DeleteSnapshot
 	}
 	defer unlock()
 	if err := store.DeleteSnapshot(ctx, h.volume, h.snapshot); err != nil && !errors.Is(err, block.ErrNotFound) {
-		return nil, fmt.Errorf("delete snapshot %s: %w", h, err)
+		return nil, inStore(h.store, err)
 	}
 	return &csi.DeleteSnapshotResponse{}, nil
 }

@@ -35,6 +35,9 @@ type image struct {
 	fileBytes  int64 // the file's length
 	indexLimit int64 // entries are below it
 	room       room  // what is known of the blocks in the file since Begin
+	// touched is one more than the greatest index to which a block was moved: if the resize
+	// failed, new blocks below it are not zeroes.
+	touched int64
 }
 
 var _ engine.Codec = (*image)(nil)

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/pkg/block"
@@ -537,6 +538,48 @@ func TestCheck_HugeMaps(t *testing.T) {
 		}
 		if err := image.Close(); err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// TestGrow_Failed: a block that was copied for a larger block map, which then could not be
+// written, does not show in blocks that are written first afterwards.
+func TestGrow_Failed(t *testing.T) {
+	mem := vfs.NewMem()
+	const blockBytes, blocks = 4096, 128 // as many as the map has room for
+	req := formats.CreateRequest{FS: mem, Name: "a.vdi", SizeBytes: blocks * blockBytes, ClusterBytes: blockBytes}
+	if err := (tight{}).Create(t.Context(), req); err != nil {
+		t.Fatal(err)
+	}
+	full := false
+	fsys := vfs.Inject(mem, func(at vfs.Op) error {
+		if full && at.Kind == vfs.OpWrite && at.Off == 0x200 { // the map, with where the block has gone
+			return syscall.ENOSPC
+		}
+		return nil
+	})
+	img := memOpen(t, fsys, "a.vdi", vfs.ReadWrite)
+	old := bytes.Repeat([]byte{0xaa}, blockBytes)
+	if _, err := img.WriteAt(old, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := img.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	full = true
+	if err := img.Resize(2 * blocks * blockBytes); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("grown without space: %v, want ENOSPC", err)
+	}
+	full = false
+	want := make([]byte, blockBytes)
+	copy(want[512:], "new")
+	if _, err := img.WriteAt(want[512:1024], 7*blockBytes+512); err != nil {
+		t.Fatal(err)
+	}
+	for at, want := range map[int64][]byte{0: old, 7 * blockBytes: want} {
+		got := make([]byte, blockBytes)
+		if _, err := img.ReadAt(got, at); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("the block at %#x has %q…, %v; want %q…", at, got[:8], err, want[:8])
 		}
 	}
 }

@@ -285,6 +285,7 @@ func (m *image) rewriteEntries(c *engine.Commit, moved map[int64]int64) error {
 func (m *image) copyBlock(c *engine.Commit, from, to int64) error {
 	buf := make([]byte, min(copyBytes, m.stride))
 	source, target := m.endOf(from), m.endOf(to)
+	m.touched = max(m.touched, to+1)
 	for done := int64(0); done < m.stride; {
 		p := buf[:min(int64(len(buf)), m.stride-done)]
 		if err := m.readPadded(p, source+done); err != nil {

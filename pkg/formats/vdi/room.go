@@ -49,14 +49,14 @@ func (m *image) Begin(c *engine.Commit) error {
 
 // setRoom takes over which blocks are in use, and gives the file the length they need.
 func (m *image) setRoom(c *engine.Commit, u *usage) error {
-	if end := m.endOf(u.end); end != m.fileBytes {
+	if end := m.endOf(u.end); end != m.fileBytes || m.touched > u.end {
 		if err := c.Truncate(0, end); err != nil {
 			return err
 		}
 		if err := c.Sync(); err != nil {
 			return err
 		}
-		m.fileBytes = end
+		m.fileBytes, m.touched = end, 0
 	}
 	m.limitIndex()
 	m.useRoom(u)
@@ -88,7 +88,7 @@ func (m *image) Allocate(_, n int64) (engine.Place, error) {
 		return engine.Place{}, err
 	}
 	m.room.next += count
-	return m.place(first, count, true)
+	return m.place(first, count, first >= m.touched)
 }
 
 func (m *image) place(first, count int64, zeroed bool) (engine.Place, error) {
@@ -146,11 +146,11 @@ func (m *image) Finish(c *engine.Commit) error {
 			return fmt.Errorf("vdi: %w", err)
 		}
 	}
-	if end := m.endOf(r.next); end != m.fileBytes {
+	if end := m.endOf(r.next); end != m.fileBytes || m.touched > r.next {
 		if err := c.Truncate(0, end); err != nil {
 			return fmt.Errorf("vdi: %w", err)
 		}
-		m.fileBytes = end
+		m.fileBytes, m.touched = end, 0
 	}
 	return nil
 }
