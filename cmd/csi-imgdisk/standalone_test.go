@@ -53,6 +53,12 @@ func stopRound(t *testing.T, dir, storeDir string, onSight bool, after time.Dura
 	if err != nil && status.Signal() != syscall.SIGTERM { // which takes it before it can listen to it
 		t.Errorf("stopped after %v, the driver ends with %v: %s", took, err, &out)
 	}
+	defer func() {
+		if t.Failed() {
+			log, _ := os.ReadFile(filepath.Join(runDir, "supervisor", "supervisor.log"))
+			t.Logf("stopped after %v, on sight: %t, the driver ends with %v and says %s, its supervisor %s", took, onSight, err, &out, log)
+		}
+	}()
 	waitGone(t, runDir)
 }
 
