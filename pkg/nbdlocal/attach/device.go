@@ -80,10 +80,10 @@ func deviceBytes(name string) (int64, error) {
 }
 
 // setQueue sets an attribute of a device's request queue.
-func setQueue(name, attribute string, value int64) error {
+func setQueue(name, attribute string, value any) error {
 	path := "/sys/block/" + name + "/queue/" + attribute
-	if err := os.WriteFile(path, strconv.AppendInt(nil, value, 10), 0); err != nil {
-		return fmt.Errorf("set %d: %w", value, err) // the error names the path
+	if err := os.WriteFile(path, fmt.Append(nil, value), 0); err != nil {
+		return fmt.Errorf("set %v: %w", value, err) // the error names the path
 	}
 	return nil
 }

@@ -236,7 +236,10 @@ func (t *nbdTransport) setUp(ctx context.Context, st *State) error {
 	if index, ok := findNBD(st.ID); !ok || index != st.Index {
 		return fmt.Errorf("nbd: the kernel keeps no backend identifier: Linux 5.14 or newer is needed: %w", block.ErrUnsupported)
 	}
-	limits := map[string]int64{"max_sectors_kb": nbdMaxRequestKiB, "rotational": 0}
+	// A request of which a part was sent when a signal came goes back to the scheduler,
+	// and before Linux 6.13 comes out of any but "none" with another tag than the one
+	// that was sent: the answer would then fit no request, and the kernel hang up.
+	limits := map[string]any{"scheduler": "none", "max_sectors_kb": nbdMaxRequestKiB, "rotational": 0}
 	if st.Conns == 1 {
 		limits["io_timeout"] = nbdTimerMillis
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -296,6 +297,77 @@ func testStalled(t *testing.T, cfg Config) {
 	for range writers {
 		if err := <-wrote; err != nil {
 			t.Errorf("a write that waited: %v", err)
+		}
+	}
+	dev.Close()
+	r.detach()
+}
+
+// testSignals interrupts threads that write more than a slow server takes: the device
+// goes on with the server that it has, and keeps what they write.
+func testSignals(t *testing.T, cfg Config) {
+	r := newRig(t, cfg)
+	r.server.DelayMillis = 5
+	r.attach()
+	dev := r.open(os.O_RDWR)
+	const (
+		writers  = 16
+		each     = 2 << 20
+		versions = 8
+	)
+	threads := make(chan int, writers)
+	failed := make(chan error, writers)
+	var writing sync.WaitGroup
+	for i := range int64(writers) {
+		p := r.buffer(each)
+		writing.Go(func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			threads <- unix.Gettid()
+			for version := range uint32(versions) {
+				for off := 0; off < each; off += loadBlockBytes {
+					fillBlock(p[off:off+loadBlockBytes], i*each+int64(off), version)
+				}
+				if _, err := dev.WriteAt(p, i*each); err != nil {
+					failed <- err
+					return
+				}
+			}
+		})
+	}
+	written := make(chan struct{})
+	go func() { writing.Wait(); close(written) }()
+	var tids []int
+	for range writers {
+		tids = append(tids, <-threads)
+	}
+	for limit := time.After(2 * time.Minute); ; {
+		select {
+		case <-written:
+		case <-limit:
+			t.Fatal("not written in two minutes: does the device still have its server?")
+		case <-time.After(time.Millisecond):
+			for _, tid := range tids {
+				_ = unix.Tgkill(os.Getpid(), tid, unix.SIGURG) // Go takes it for its own
+			}
+			continue
+		}
+		break
+	}
+	close(failed)
+	for err := range failed {
+		t.Errorf("a write failed: %v", err)
+	}
+	got, want := r.buffer(each), make([]byte, loadBlockBytes)
+	for i := range int64(writers) {
+		if _, err := dev.ReadAt(got, i*each); err != nil {
+			t.Fatal(err)
+		}
+		for off := 0; off < each; off += loadBlockBytes {
+			fillBlock(want, i*each+int64(off), versions-1)
+			if !bytes.Equal(got[off:off+loadBlockBytes], want) {
+				t.Fatalf("other bytes at %d", i*each+int64(off))
+			}
 		}
 	}
 	dev.Close()

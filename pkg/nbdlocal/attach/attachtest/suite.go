@@ -68,6 +68,7 @@ func Run(t *testing.T, cfg Config) {
 		{"KillSuccessorAtAnyTime", testKillSuccessorAtAnyTime},
 		{"Forgotten", testForgotten},
 		{"Stalled", testStalled},
+		{"Signals", testSignals},
 	} {
 		if len(cfg.Only) == 0 || slices.Contains(cfg.Only, c.name) {
 			t.Run(c.name, func(t *testing.T) { c.test(t, cfg) })
