@@ -42,6 +42,7 @@ type Attached struct {
 	image   *formats.Image
 	journal vfs.FS // that the journal lies in; nil without
 	fence   fence
+	use     use
 	marked  bool // this attachment is the one that set Serving
 	// gate is held exclusively while the top layer is being switched, so that what is
 	// recorded as the snapshot's contents is what they are. Lock order: the volume's
@@ -72,7 +73,7 @@ func (s *Store) Attach(ctx context.Context, name string, opts AttachOptions) (*A
 	if err := opts.validate(name); err != nil {
 		return nil, fmt.Errorf("attach volume %s: %w", name, err)
 	}
-	a := &Attached{store: s, name: name, opts: opts, lost: make(chan error, 1)}
+	a := &Attached{store: s, name: name, opts: opts, lost: make(chan error, 1), use: newUse()}
 	err := retryLocked(ctx, s.opts.HolderWait, func() error { return a.open(ctx) })
 	if err != nil {
 		if a.marked {
@@ -327,9 +328,15 @@ func (a *Attached) stopServing() error {
 // closeWait bounds how long Close waits for the record's lock.
 const closeWait = 20 * time.Second
 
+// usable is asked before each request.
+func (a *Attached) usable() error {
+	a.use.note()
+	return a.fence.check()
+}
+
 // ReadAt implements block.Device.
 func (a *Attached) ReadAt(p []byte, off int64) (int, error) {
-	if err := a.fence.check(); err != nil {
+	if err := a.usable(); err != nil {
 		return 0, err
 	}
 	return a.image.ReadAt(p, off)
@@ -339,7 +346,7 @@ func (a *Attached) ReadAt(p []byte, off int64) (int, error) {
 func (a *Attached) WriteAt(p []byte, off int64) (int, error) {
 	a.gate.RLock()
 	defer a.gate.RUnlock()
-	if err := a.fence.check(); err != nil {
+	if err := a.usable(); err != nil {
 		return 0, err
 	}
 	return a.image.WriteAt(p, off)
@@ -349,7 +356,7 @@ func (a *Attached) WriteAt(p []byte, off int64) (int, error) {
 func (a *Attached) WriteZeroes(off, n int64, flags block.ZeroFlags) error {
 	a.gate.RLock()
 	defer a.gate.RUnlock()
-	if err := a.fence.check(); err != nil {
+	if err := a.usable(); err != nil {
 		return err
 	}
 	return a.image.WriteZeroes(off, n, flags)
@@ -359,7 +366,7 @@ func (a *Attached) WriteZeroes(off, n int64, flags block.ZeroFlags) error {
 func (a *Attached) Discard(off, n int64) error {
 	a.gate.RLock()
 	defer a.gate.RUnlock()
-	if err := a.fence.check(); err != nil {
+	if err := a.usable(); err != nil {
 		return err
 	}
 	return a.image.Discard(off, n)
@@ -367,7 +374,7 @@ func (a *Attached) Discard(off, n int64) error {
 
 // Flush implements block.Device.
 func (a *Attached) Flush() error {
-	if err := a.fence.check(); err != nil {
+	if err := a.usable(); err != nil {
 		return err
 	}
 	return a.image.Flush()
@@ -375,7 +382,7 @@ func (a *Attached) Flush() error {
 
 // Map implements block.Device.
 func (a *Attached) Map(off, n int64) (block.Extent, error) {
-	if err := a.fence.check(); err != nil {
+	if err := a.usable(); err != nil {
 		return block.Extent{}, err
 	}
 	return a.image.Map(off, n)

@@ -19,7 +19,7 @@ func (s *Store) Expand(ctx context.Context, name string, sizeBytes, limitBytes i
 		return Record{}, err
 	}
 	rec, err := s.wishSize(ctx, name, sizeBytes, limitBytes)
-	for err == nil && rec.SizeBytes < sizeBytes {
+	for pause := wishPause(0); err == nil && rec.SizeBytes < sizeBytes; {
 		rec, err = s.advanceExpansion(ctx, name)
 		if err != nil || rec.SizeBytes >= sizeBytes {
 			break
@@ -28,7 +28,7 @@ func (s *Store) Expand(ctx context.Context, name string, sizeBytes, limitBytes i
 			err = fmt.Errorf("the wish was taken back meanwhile: %w", block.ErrBusy)
 			break
 		}
-		if sleepErr := sleep(ctx, wishPoll); sleepErr != nil {
+		if sleepErr := pause.sleep(ctx); sleepErr != nil {
 			err = fmt.Errorf("wait for the node that has the volume to do it: %w", sleepErr)
 		}
 	}

@@ -41,12 +41,12 @@ func (s *Store) freeze(ctx context.Context, volume, snapshot string) (SnapshotRe
 		return SnapshotRecord{}, fmt.Errorf("snapshot %s of volume %s: %w", snapshot, volume, err)
 	}
 	snap, err := s.wishSnapshot(ctx, volume, snapshot)
-	for err == nil && !snap.Ready {
+	for pause := wishPause(0); err == nil && !snap.Ready; {
 		snap, err = s.advanceSnapshot(ctx, volume, snapshot)
 		if err != nil || snap.Ready {
 			break
 		}
-		if err := sleep(ctx, wishPoll); err != nil {
+		if err := pause.sleep(ctx); err != nil {
 			return fail(fmt.Errorf("wait for the node that has the volume to take it: %w", err))
 		}
 	}

@@ -19,7 +19,9 @@ type Options struct {
 	ReadOnly bool
 	// MaxChain is the most layers a volume may stand on, 32 by default.
 	MaxChain int
-	// PollInterval is how often a holder looks for wishes: 300 ms by default.
+	// PollInterval is how often a holder looks for wishes, and whether the volume is
+	// still its own, while the volume is used: 300 ms by default. While it is not, it
+	// looks an eighth as often, and at once when it is used again.
 	PollInterval time.Duration
 	// MergeInterval is how long a holder waits between two tries to shorten its chain:
 	// 30 s by default.
@@ -39,8 +41,12 @@ const (
 	defaultHolderWait   = 20 * time.Second
 
 	defaultMergeInterval = 30 * time.Second
-	// wishPoll is how often who made a wish looks whether it is fulfilled.
-	wishPoll = 60 * time.Millisecond
+	idlePolls            = 8 // intervals
+
+	// Who made a wish looks whether it is fulfilled, at first often: each look takes the
+	// volume's lock, which its holder needs as well.
+	wishPollMin = 60 * time.Millisecond
+	wishPollMax = time.Second
 )
 
 func (o *Options) setDefaults() {

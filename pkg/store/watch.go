@@ -16,7 +16,7 @@ import (
 // wishes in it. A store that does not answer is waited for: the device stands still as
 // well, and nobody else can have got the volume without the record.
 func (a *Attached) watch(ctx context.Context) {
-	for sleep(ctx, a.store.opts.PollInterval) == nil {
+	for a.use.wait(ctx, a.store.opts.PollInterval) == nil {
 		rec, err := a.store.readRecord(a.name)
 		if err != nil {
 			err = notFound(a.name, err)
