@@ -36,7 +36,9 @@ package attach
 
 import (
 	"context"
+	"errors"
 	"os"
+	"time"
 )
 
 // Spec is the device to make.
@@ -93,6 +95,14 @@ type Reluctant interface {
 	Reluctance(ctx context.Context) error
 }
 
+// ErrLingers says that a device was flushed and disconnected, but that somebody opened it
+// just before: it fails all their requests, needs no server any more, and goes when they
+// close it.
+var ErrLingers = errors.New("disconnected, and still open")
+
+// lingerPatience is how long a detach waits for such a device.
+const lingerPatience = 20 * time.Second
+
 // Transport makes devices of one kind. Methods are safe for concurrent use for
 // different IDs. They return block's sentinels; waiting stops when ctx ends.
 type Transport interface {
@@ -116,7 +126,8 @@ type Transport interface {
 	// Resize tells the kernel a new size, live.
 	Resize(ctx context.Context, st State, sizeBytes int64) (State, error)
 	// Detach removes the device: its caches are flushed, then the kernel's object
-	// is gone. A device in use is block.ErrBusy, naming the holders it can find.
+	// is gone. A device in use is block.ErrBusy, naming the holders it can find,
+	// and stays as it is; ErrLingers says that it is gone but for its name.
 	// A device that is gone already is success.
 	Detach(ctx context.Context, st State) error
 	// Abort removes the device whatever its users or server do; requests in

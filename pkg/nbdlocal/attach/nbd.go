@@ -409,11 +409,11 @@ func disconnectNBD(index int) error {
 // has it open, and its index can't be used again before.
 func (*nbdTransport) awaitGone(ctx context.Context, index int) error {
 	name := nbdName(index)
-	err := poll(ctx, time.Minute, func() (bool, error) {
+	err := poll(ctx, lingerPatience, func() (bool, error) {
 		return !exists("/sys/block/" + name), nil
 	})
 	if errors.Is(err, errPollTimeout) {
-		return fmt.Errorf("disconnected, but not gone: %w", busyError(name))
+		return fmt.Errorf("%w: %v", ErrLingers, busyError(name))
 	}
 	return err
 }

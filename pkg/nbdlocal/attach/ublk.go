@@ -477,11 +477,11 @@ func ublkGoneIsDone(err error) error {
 // awaitGone waits until the kernel shows nothing of the device. Its number may stay taken
 // for longer: until its server has closed it.
 func (*ublkTransport) awaitGone(ctx context.Context, st State) error {
-	err := poll(ctx, time.Minute, func() (bool, error) {
+	err := poll(ctx, lingerPatience, func() (bool, error) {
 		return !exists(ublkCharSysfs(st.Index)) && !exists("/sys/block/"+ublkName(st.Index)), nil
 	})
 	if errors.Is(err, errPollTimeout) {
-		return fmt.Errorf("stopped, but not gone: %w", busyError(ublkName(st.Index)))
+		return fmt.Errorf("%w: %v", ErrLingers, busyError(ublkName(st.Index)))
 	}
 	return err
 }

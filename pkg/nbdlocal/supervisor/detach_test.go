@@ -134,3 +134,18 @@ func testDevice_DetachByForceLeavesNoZombie(t *testing.T, h *harness) {
 	}
 	h.detach(image)
 }
+
+// A device that somebody opened at the last moment is detached: its image is closed.
+func TestDetach_Lingers(t *testing.T) {
+	h := newHarness(t)
+	h.startHere()
+	image := h.newImage("disk")
+	h.attach(image)
+	h.write(h.kernel.path(image, ".lingers"), "")
+	if err := h.client.Detach(h.ctx, image, false); err != nil {
+		t.Errorf("detach: %v", err)
+	}
+	if all, err := h.client.List(h.ctx); err != nil || len(all) > 0 {
+		t.Errorf("still attached: %+v, %v", all, err)
+	}
+}

@@ -1,6 +1,7 @@
 package supervisor
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -40,6 +41,7 @@ var kinds = []struct {
 	{block.ErrNotFound, "not-found", http.StatusNotFound},
 	{block.ErrClosed, "closed", http.StatusServiceUnavailable},
 	{ErrNotRunning, "not-running", http.StatusServiceUnavailable},
+	{context.DeadlineExceeded, "timeout", http.StatusGatewayTimeout},
 }
 
 // toWire makes err ready to be sent; nil stays nil.

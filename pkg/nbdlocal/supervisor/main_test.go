@@ -352,7 +352,8 @@ func (t *fakeTransport) Resize(_ context.Context, st attach.State, sizeBytes int
 	return st, writeFileAtomically(t.path(st.ID, ".dev"), marshal(device))
 }
 
-// Detach blocks while there is a file ID.slow-detach, as long as ctx lets it.
+// Detach blocks while there is a file ID.slow-detach, as long as ctx lets it. With a file
+// ID.lingers it says that the device does.
 func (t *fakeTransport) Detach(ctx context.Context, st attach.State) error {
 	for {
 		if _, err := os.Stat(t.path(st.ID, ".slow-detach")); err != nil {
@@ -367,7 +368,13 @@ func (t *fakeTransport) Detach(ctx context.Context, st attach.State) error {
 	if _, err := os.Stat(t.path(st.ID, ".busy")); err == nil {
 		return fmt.Errorf("device of %s is open: %w", st.ID, block.ErrBusy)
 	}
-	return t.Abort(ctx, st)
+	if err := t.Abort(ctx, st); err != nil {
+		return err
+	}
+	if _, err := os.Stat(t.path(st.ID, ".lingers")); err == nil {
+		return fmt.Errorf("device of %s: %w", st.ID, attach.ErrLingers)
+	}
+	return nil
 }
 
 func (t *fakeTransport) Abort(_ context.Context, st attach.State) error {

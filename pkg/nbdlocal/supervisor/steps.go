@@ -83,7 +83,10 @@ func (a *attachment) transportError(ctx context.Context, err error) error {
 	if a.proc != nil && !a.proc.alive() {
 		return fmt.Errorf("%w: %w", a.proc.obituary(), err)
 	}
-	return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	if cause := context.Cause(ctx); !errors.Is(err, cause) {
+		return fmt.Errorf("%w: %w", cause, err)
+	}
+	return err
 }
 
 // spec describes the kernel's device for a server's device.
@@ -438,6 +441,10 @@ func (a *attachment) detachDevice(ctx context.Context) error {
 		procCtx, cancel := a.proc.while(ctx)
 		err := a.transport.Detach(procCtx, *a.rec.Kernel)
 		cancel()
+		if errors.Is(err, attach.ErrLingers) { // nothing of it is ours any more
+			a.log.Warn("detach", "problem", err)
+			err = nil
+		}
 		if err == nil {
 			break
 		}

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 	"unsafe"
@@ -48,6 +49,7 @@ func Run(t *testing.T, cfg Config) {
 		{"DetachMounted", testDetachMounted},
 		{"DetachOpened", testDetachOpened},
 		{"DetachUnderLoop", testDetachUnderLoop},
+		{"DetachOpenedUnseen", testDetachOpenedUnseen},
 		{"AttachTwice", testAttachTwice},
 		{"AttachServeFails", testAttachServeFails},
 		{"AttachServerSilent", testAttachServerSilent},
@@ -403,6 +405,57 @@ func testDetachOpened(t *testing.T, cfg Config) {
 	r.checkBusy(fmt.Sprintf("process %d (sleep)", cmd.Process.Pid))
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
+	r.detach()
+}
+
+// testDetachOpenedUnseen: who holds the device can't be found, as one who opens it between
+// the look for them and the disconnect. It is flushed and needs no server.
+func testDetachOpenedUnseen(t *testing.T, cfg Config) {
+	r := attachedRig(t, cfg)
+	if err := writeBuffered(r.state.Device, 4096, []byte("flushed")); err != nil {
+		t.Fatal(err)
+	}
+	dev := r.open(os.O_RDONLY)
+	// A descriptor on its way through a socket is in no process's table.
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	letGo := sync.OnceFunc(func() { unix.Close(pair[0]); unix.Close(pair[1]) })
+	defer letGo()
+	if err := unix.Sendmsg(pair[0], []byte{0}, unix.UnixRights(int(dev.Fd())), nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	dev.Close()
+	err = r.transport.Detach(r.ctx, r.state)
+	t.Log(err)
+	switch cfg.Transport {
+	case "fuse": // the kernel tells
+		if !errors.Is(err, block.ErrBusy) {
+			t.Errorf("Detach: %v, want ErrBusy", err)
+		}
+		letGo()
+		r.detach()
+		return
+	case "ublk": // the kernel takes the device away
+		if err != nil {
+			t.Errorf("Detach: %v", err)
+		}
+	case "nbd":
+		if !errors.Is(err, attach.ErrLingers) || errors.Is(err, block.ErrBusy) {
+			t.Errorf("Detach: %v, want ErrLingers", err)
+		}
+	}
+	if err := r.process.Wait(); err != nil {
+		t.Errorf("server, once detached: %v", err)
+	}
+	r.process = nil
+	got, err := os.ReadFile(r.backing)
+	if err != nil || string(got[4096:4096+7]) != "flushed" {
+		t.Errorf("what was written is not there, or %v", err)
+	}
+	letGo()
+	r.awaitGone()
 	r.detach()
 }
 
