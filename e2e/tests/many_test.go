@@ -21,7 +21,7 @@ func TestMany(t *testing.T) {
 	}
 	var names []string
 	for i := range volumes {
-		names = append(names, e.claim(claim{name: fmt.Sprintf("v%02d", i), size: "32Mi", block: i%3 > 0}))
+		names = append(names, e.claim(claim{name: fmt.Sprintf("v%02d", i), size: "32Mi", block: i%10 > 0}))
 	}
 	e.bound(names...)
 	step("created: all claims bound")
@@ -34,7 +34,7 @@ func TestMany(t *testing.T) {
 			p = &pod{name: "on-" + node, node: node}
 			pods[node] = p
 		}
-		if i%3 > 0 {
+		if i%10 > 0 {
 			p.blocks = append(p.blocks, name)
 			p.script += fmt.Sprintf("echo %s | dd of=/dev/%[1]s conv=fsync,sync status=none\n", name)
 		} else {
@@ -49,7 +49,7 @@ func TestMany(t *testing.T) {
 	for _, p := range pods {
 		e.running(p.name)
 	}
-	step("attached: 40 block devices and 20 new file systems in two pods that run")
+	step("attached: 54 block devices and 6 new file systems in two pods that run")
 	for _, p := range pods {
 		e.says(p.name, "written")
 	}

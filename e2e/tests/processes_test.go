@@ -22,13 +22,17 @@ var bothNodes = []string{cluster.NodeA, cluster.NodeB}
 func TestProcesses(t *testing.T) {
 	e := newEnv(t)
 	pauses := newTable("processes", "what happened", "longest pause of a request")
-	var writers []*writer
+	var loads []pod
 	for _, node := range bothNodes {
-		var p pod
-		p.name, p.node = "load-"+node, node
+		p := pod{name: "load-" + node, node: node}
 		p.files = []string{e.claim(claim{name: "files-" + node, class: e.class(map[string]string{"store": "main", "format": "vmdk"})})}
 		p.blocks = []string{e.claim(claim{name: "disk-" + node, block: true})}
-		writers = append(writers, e.write(p, 1)...)
+		e.writerPod(&p, 1)
+		loads = append(loads, p)
+	}
+	var writers []*writer
+	for _, p := range loads {
+		writers = append(writers, e.writing(p)...)
 	}
 	dirs := e.bound("files-"+cluster.NodeA, "disk-"+cluster.NodeA, "files-"+cluster.NodeB, "disk-"+cluster.NodeB)
 
@@ -91,7 +95,7 @@ func daemonSet(e *env, name string) *appsv1.DaemonSet {
 // controllersKilled has volumes made, snapshotted, restored, attached, grown and deleted, and
 // kills all controllers in the middle of each.
 func controllersKilled(e *env) {
-	const sets = 5
+	const sets = 3
 	var claims, snaps, restored []string
 	for i := range sets {
 		claims = append(claims, e.claim(claim{name: fmt.Sprint("made-", i), block: true}))
@@ -118,17 +122,17 @@ func controllersKilled(e *env) {
 	e.pod(user)
 	for i, name := range claims {
 		snaps = append(snaps, e.snapshot(fmt.Sprint("snap-", i), name, ""))
-		restored = append(restored, e.claim(claim{name: fmt.Sprint("restored-", i), block: true, snapshot: snaps[i]}))
+		// As large as the snapshot may be, which is taken before or after the volume grows.
+		restored = append(restored, e.claim(claim{name: fmt.Sprint("restored-", i), size: "96Mi", block: true, snapshot: snaps[i]}))
+	}
+	for _, name := range claims {
+		e.grow(name, "96Mi")
 	}
 	time.Sleep(time.Second)
 	kill()
 	e.running("user")
 	e.ready(snaps...)
 	e.bound(restored...)
-	for _, name := range claims {
-		e.grow(name, "96Mi")
-	}
-	kill()
 	for _, name := range claims {
 		e.expand(name, "96Mi")
 	}

@@ -247,14 +247,20 @@ func (e *env) volumeDetached(volume string) {
 // written to. Requests wait, none fails.
 func serverRestarted(e *env) {
 	pauses := newTable("nfs-restarted", "NFS server without power for a minute", "longest pause of a request")
-	var all [][]*writer
+	var loads []pod
 	var dirs []string
 	for _, node := range bothNodes {
 		files, disk := "files-"+node, "disk-"+node
 		e.claim(claim{name: files, class: e.class(map[string]string{"store": "main", "format": "vhdx"})})
 		e.claim(claim{name: disk, block: true})
-		all = append(all, e.write(pod{name: "load-" + node, node: node, files: []string{files}, blocks: []string{disk}}, 1))
+		p := pod{name: "load-" + node, node: node, files: []string{files}, blocks: []string{disk}}
+		e.writerPod(&p, 1)
+		loads = append(loads, p)
 		dirs = append(dirs, e.bound(files, disk)...)
+	}
+	var all [][]*writer
+	for _, p := range loads {
+		all = append(all, e.writing(p))
 	}
 	for _, ws := range all {
 		for _, w := range ws {

@@ -16,9 +16,19 @@ type writer struct {
 	last           line // at the last mark
 }
 
+// writerBlocks is how much writers write. Reading one takes emulated machines 10 ms.
+const writerBlocks = "-blocks=512"
+
 // write starts a pod with a writer for each of its claims, and returns when all have begun.
 // flushed is what a former run said, for each.
 func (e *env) write(p pod, run int, flushed ...int) []*writer {
+	e.Helper()
+	e.writerPod(&p, run, flushed...)
+	return e.writing(p)
+}
+
+// writerPod makes a pod with a writer for each of its claims.
+func (e *env) writerPod(p *pod, run int, flushed ...int) {
 	e.Helper()
 	var paths []string
 	for _, name := range p.files {
@@ -28,17 +38,23 @@ func (e *env) write(p pod, run int, flushed ...int) []*writer {
 		paths = append(paths, "/dev/"+name)
 	}
 	for i, path := range paths {
-		args := []string{"-path=" + path, "-blocks=2048", "-rest=50ms", fmt.Sprint("-run=", run)}
+		// They rest, for the machines' processors have other things to do, too.
+		args := []string{"-path=" + path, writerBlocks, "-rest=250ms", "-print=500ms", fmt.Sprint("-run=", run)}
 		if flushed != nil {
 			args = append(args, fmt.Sprint("-flushed=", flushed[i]))
 		}
 		p.writers = append(p.writers, args)
 	}
-	e.pod(p)
+	e.pod(*p)
+}
+
+// writing waits until all writers of a pod have begun.
+func (e *env) writing(p pod) []*writer {
+	e.Helper()
 	e.running(p.name)
 	node, logs := e.where(p.name)
 	var ws []*writer
-	for i := range paths {
+	for i := range p.writers {
 		ws = append(ws, &writer{e: e, pod: p.name, node: node, log: fmt.Sprintf("%s/writer-%d/0.log", logs, i)})
 	}
 	for _, w := range ws {
@@ -147,7 +163,7 @@ func (e *env) verify(p pod, run int, flushed ...int) {
 		if i < len(p.files) {
 			path = "/" + name + "/written"
 		}
-		p.writers = append(p.writers, []string{"-verify", "-path=" + path, "-blocks=2048",
+		p.writers = append(p.writers, []string{"-verify", "-path=" + path, writerBlocks,
 			fmt.Sprint("-run=", run), fmt.Sprint("-flushed=", flushed[i])})
 	}
 	e.do(p)
