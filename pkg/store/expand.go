@@ -28,7 +28,7 @@ func (s *Store) Expand(ctx context.Context, name string, sizeBytes, limitBytes i
 			err = fmt.Errorf("the wish was taken back meanwhile: %w", block.ErrBusy)
 			break
 		}
-		if sleepErr := pause.sleep(ctx); sleepErr != nil {
+		if sleepErr := s.awaitHolder(ctx, rec, &pause); sleepErr != nil {
 			err = fmt.Errorf("wait for the node that has the volume to do it: %w", sleepErr)
 		}
 	}

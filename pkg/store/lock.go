@@ -195,11 +195,3 @@ func sleep(ctx context.Context, d time.Duration) error {
 		return ctx.Err()
 	}
 }
-
-// wishPause is a wait for a wish, longer each time.
-type wishPause time.Duration
-
-func (p *wishPause) sleep(ctx context.Context) error {
-	*p = wishPause(min(max(time.Duration(*p)*5/4, wishPollMin), wishPollMax))
-	return sleep(ctx, time.Duration(*p))
-}

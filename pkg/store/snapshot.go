@@ -42,11 +42,14 @@ func (s *Store) freeze(ctx context.Context, volume, snapshot string) (SnapshotRe
 	}
 	snap, err := s.wishSnapshot(ctx, volume, snapshot)
 	for pause := wishPause(0); err == nil && !snap.Ready; {
-		snap, err = s.advanceSnapshot(ctx, volume, snapshot)
-		if err != nil || snap.Ready {
+		var rec Record
+		if rec, err = s.advanceSnapshot(ctx, volume, snapshot); err != nil {
 			break
 		}
-		if err := pause.sleep(ctx); err != nil {
+		if snap = *rec.snapshot(snapshot); snap.Ready {
+			break
+		}
+		if err := s.awaitHolder(ctx, rec, &pause); err != nil {
 			return fail(fmt.Errorf("wait for the node that has the volume to take it: %w", err))
 		}
 	}
@@ -117,9 +120,9 @@ func (s *Store) checkWish(rec Record) error {
 	return nil
 }
 
-// advanceSnapshot looks how far a wish is. It carries it out itself when nobody has the
+// advanceSnapshot looks how far a wish is, and returns the record with it. It carries it out itself when nobody has the
 // volume open for writing; else that is the holder's to do.
-func (s *Store) advanceSnapshot(ctx context.Context, volume, snapshot string) (SnapshotRecord, error) {
+func (s *Store) advanceSnapshot(ctx context.Context, volume, snapshot string) (Record, error) {
 	var failure error
 	rec, err := s.update(ctx, volume, func(rec *Record) error {
 		snap := rec.snapshot(snapshot)
@@ -143,10 +146,7 @@ func (s *Store) advanceSnapshot(ctx context.Context, volume, snapshot string) (S
 		}
 		return nil
 	})
-	if err = errors.Join(err, failure); err != nil {
-		return SnapshotRecord{}, err
-	}
-	return *rec.snapshot(snapshot), nil
+	return rec, errors.Join(err, failure)
 }
 
 // snapshotOffline takes a snapshot of a volume that nobody writes: it holds a lock for

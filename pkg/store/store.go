@@ -43,8 +43,7 @@ const (
 	defaultMergeInterval = 30 * time.Second
 	idlePolls            = 8 // intervals
 
-	// Who made a wish looks whether it is fulfilled, at first often: each look takes the
-	// volume's lock, which its holder needs as well.
+	// Who made a wish looks whether it is fulfilled, at first often.
 	wishPollMin = 60 * time.Millisecond
 	wishPollMax = time.Second
 )
