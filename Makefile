@@ -81,6 +81,7 @@ oracle-virtualbox: go ## test images against VirtualBox's own reader and writer 
 
 generate: go ## make checked-in generated files anew
 	go generate ./...
+	go -C tools/helm generate ./...
 
 verify: go ## check that generated files, modules and formatting are up to date
 	hack/verify.sh

@@ -120,7 +120,7 @@ type testRun struct {
 
 // Limits of all tests together.
 const (
-	testLimit     = 40 * time.Minute
+	testLimit     = 2 * time.Hour
 	fullTestLimit = 12 * time.Hour
 )
 

@@ -65,6 +65,7 @@ func TestMany(t *testing.T) {
 	for _, p := range pods {
 		e.end(p.name)
 	}
+	e.detached(names...)
 	step("unmounted and detached: both pods gone")
 	for i := range names {
 		e.deleteClaim(names[i])
