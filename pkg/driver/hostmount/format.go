@@ -118,16 +118,18 @@ func (h *Host) FormatAndMount(device, path, fsType string, options []string) err
 			return err
 		}
 	}
-	if err := h.mounter.FormatAndMount(device, path, fsType, options); err != nil {
-		if fsType == "btrfs" && strings.Contains(err.Error(), "File exists") {
-			err = fmt.Errorf("a clone or its origin is mounted on this node, and only Linux 6.7 and later can mount both: %w", err)
-		}
-		if slices.Contains(options, "ro") && strings.Contains(err.Error(), unclean) {
-			err = fmt.Errorf("it was mounted when it was snapshotted or copied, and its journal has to be written back before it can be used read-only: use the volume writable once, or take the snapshot while no pod uses its volume: %w", err)
-		}
-		return fmt.Errorf("mount %s of %s: %w", fsType, device, oneLine(err))
+	err := h.mounter.FormatAndMount(device, path, fsType, options)
+	if err == nil {
+		return nil
 	}
-	return nil
+	err = oneLine(err)
+	switch said := err.Error(); {
+	case fsType == "btrfs" && strings.Contains(said, "File exists"):
+		err = fmt.Errorf("a clone or its origin is mounted on this node, and only Linux 6.7 and later can mount both: %w: %w", block.ErrBusy, err)
+	case slices.Contains(options, "ro") && strings.Contains(said, unclean):
+		err = fmt.Errorf("it was mounted when it was snapshotted or copied, and its journal has to be written back before it can be used read-only: use the volume writable once, or take the snapshot while no pod uses its volume: %w: %w", block.ErrReadOnly, err)
+	}
+	return fmt.Errorf("mount %s of %s: %w", fsType, device, err)
 }
 
 // oneLine makes tools' output fit into a message.

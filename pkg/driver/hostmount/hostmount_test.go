@@ -167,7 +167,7 @@ func TestHost_UncleanReadOnly(t *testing.T) {
 			must(t, "Unmount", h.Unmount(path))
 			readOnly := attachLoop(t, copied, "--read-only")
 			err = h.FormatAndMount(readOnly, mountPoint(t, "copy"), fsType, []string{"ro"})
-			if err == nil || !strings.Contains(err.Error(), "was mounted when it was snapshotted or copied") {
+			if !errors.Is(err, block.ErrReadOnly) || !strings.Contains(err.Error(), "was mounted when it was snapshotted or copied") {
 				t.Errorf("an unclean file system read-only: %v", err)
 			}
 		})
