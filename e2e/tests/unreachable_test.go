@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -11,7 +12,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/csi-imgdisk/csi-imgdisk/e2e/cluster"
 	"github.com/csi-imgdisk/csi-imgdisk/e2e/install"
@@ -161,25 +161,20 @@ func (e *env) taint(set bool) {
 }
 
 func setTaint(ctx context.Context, set bool) error {
-	taints := "[]"
-	if set {
-		taints = `[{"key":"node.kubernetes.io/out-of-service","value":"nodeshutdown","effect":"NoExecute"}]`
-	}
+	outOfService := corev1.Taint{Key: corev1.TaintNodeOutOfService, Value: "nodeshutdown", Effect: corev1.TaintEffectNoExecute}
+	is := func(t corev1.Taint) bool { return t.MatchTaint(&outOfService) }
 	return poll(ctx, soon, func(ctx context.Context) (string, error) {
 		node, err := world.client.CoreV1().Nodes().Get(ctx, cluster.NodeA, metav1.GetOptions{})
-		if err != nil {
+		if err != nil || slices.ContainsFunc(node.Spec.Taints, is) == set {
 			return "", err
 		}
-		for _, t := range node.Spec.Taints {
-			if (t.Key == "node.kubernetes.io/out-of-service") == set {
-				return "", nil
-			}
+		if set {
+			node.Spec.Taints = append(node.Spec.Taints, outOfService)
+		} else {
+			node.Spec.Taints = slices.DeleteFunc(node.Spec.Taints, is)
 		}
-		if !set && len(node.Spec.Taints) == 0 {
-			return "", nil
-		}
-		_, err = world.client.CoreV1().Nodes().Patch(ctx, cluster.NodeA, types.MergePatchType, []byte(`{"spec":{"taints":`+taints+`}}`), metav1.PatchOptions{})
-		return "it was not there yet", err
+		_, err = world.client.CoreV1().Nodes().Update(ctx, node, metav1.UpdateOptions{}) // refused if it has changed
+		return "it has only just been changed", err
 	})
 }
 
