@@ -83,7 +83,7 @@ generate: go ## make checked-in generated files anew
 	go generate ./...
 	go -C tools/helm generate ./...
 
-verify: go ## check that generated files, modules and formatting are up to date
+verify: go ## check that generated files, modules and formatting are up to date, and the parts of e2e that need no cluster
 	hack/verify.sh
 
 clean: ## remove what was built and downloaded here

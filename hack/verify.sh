@@ -20,3 +20,5 @@ if [[ $before != "$after" ]]; then
 fi
 # The chart: lint, the API's types, and what is committed of it.
 (cd tools/helm && go test -count=1 ./...)
+# What the tests in a cluster are made of, as far as it needs none.
+(cd e2e && go vet ./... && go test -count=1 ./...)
