@@ -63,7 +63,7 @@ type Codec interface {
 
 	// Resize gives the image another size, crash-safely: durable when it returns, and
 	// either the old or the new size at any moment before. When it fails, the image
-	// is used on at its old size. Before it shrinks, the engine has set every granule
+	// is used on at its old size, unless c was lost. Before it shrinks, the engine has set every granule
 	// past the new size to Absent, durably, and zeroed what is past it of the last
 	// one; files of flat images are cut by Resize itself. A kind of image that cannot
 	// grow or shrink returns block.ErrUnsupported.
@@ -71,7 +71,7 @@ type Codec interface {
 
 	// SetParent changes what the image says it stands on; nil: nothing. The mapping
 	// stays. It is durable when it returns, with the old or the new parent at any
-	// moment before. Kinds of images without parents, or that cannot name this one,
+	// moment before. When it fails, the image is used on, unless c was lost. Kinds of images without parents, or that cannot name this one,
 	// return block.ErrUnsupported. The Layer's Parent is changed, too.
 	SetParent(c *Commit, parent *Parent) error
 

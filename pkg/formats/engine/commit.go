@@ -15,7 +15,7 @@ type Commit struct {
 	sectors  []Sector
 	pages    []*page
 	unsynced map[int]bool
-	lost     error // of the first sync that failed
+	lost     error // see Lose
 }
 
 // Sector is a changed table sector.
@@ -162,13 +162,24 @@ func (c *Commit) putBack() {
 	}
 }
 
-// Sync makes what was written through c durable before anything later.
+// Lose says that the image cannot be used on: it may hold by now what a change that failed
+// intended, or lack what it should hold. All requests fail from then on, and the image is
+// left for whoever opens it next. It returns err, which says why.
+func (c *Commit) Lose(err error) error {
+	c.lost = err
+	return err
+}
+
+// Lost says whether Lose was called.
+func (c *Commit) Lost() bool { return c.lost != nil }
+
+// Sync makes what was written through c durable before anything later. When it fails, c is
+// lost: the kernel may have dropped anything.
 func (c *Commit) Sync() error {
 	for file := range c.unsynced {
 		f := c.layer.Files[file]
 		if err := f.Sync(); err != nil {
-			c.lost = fmt.Errorf("sync %s: %w", f.Name(), err)
-			return c.lost
+			return c.Lose(fmt.Errorf("sync %s: %w", f.Name(), err))
 		}
 		delete(c.unsynced, file)
 	}

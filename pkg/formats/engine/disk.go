@@ -159,7 +159,7 @@ func (d *Disk) poisoned() error {
 	return nil
 }
 
-// noteLost poisons the disk if a sync through c failed: the kernel may have dropped guest
+// noteLost poisons the disk if c was lost: if a sync failed, the kernel may have dropped guest
 // data with it, also that of an earlier process, and would not say so again.
 func (d *Disk) noteLost(c *Commit) {
 	if c.lost != nil {

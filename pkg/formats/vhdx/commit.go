@@ -254,7 +254,7 @@ func (m *image) writeLogged(c *engine.Commit, pages []page) error {
 			return err
 		}
 		if err := writePages(c, pages[:n]); err != nil {
-			return err
+			return c.Lose(err) // the log has it, and the log must be applied
 		}
 		pages = pages[n:]
 	}

@@ -41,11 +41,11 @@ func (m *image) grow(c *engine.Commit, size int64) error {
 		return err
 	}
 	if err := m.addBlocks(c, m.batAtAfter(move), size); err != nil {
-		return errors.Join(err, m.undoMove(move))
+		return errors.Join(err, m.undoMove(c, move))
 	}
 	edits := append(m.moveEdits(move), m.sizeEdit(size))
 	if err := m.edit(c, edits); err != nil {
-		return errors.Join(err, m.undoMove(move))
+		return errors.Join(err, m.undoMove(c, move))
 	}
 	m.finishMove(move)
 	m.meta.sizeBytes = size
@@ -142,14 +142,15 @@ func (m *image) moveBAT(c *engine.Commit, need int64) (*region, error) {
 		err = m.zeroFile(c, place.Off+int64(old.length), place.Off+length)
 	}
 	if err != nil {
-		return nil, errors.Join(err, m.undoMove(&moved))
+		return nil, errors.Join(err, m.undoMove(c, &moved))
 	}
 	return &moved, nil
 }
 
-// undoMove gives back the space of a BAT that was not moved after all.
-func (m *image) undoMove(move *region) error {
-	if move != nil {
+// undoMove gives back the space of a BAT that was not moved after all. It may have been, if
+// the log says so.
+func (m *image) undoMove(c *engine.Commit, move *region) error {
+	if move != nil && !c.Lost() {
 		m.release(move.span())
 	}
 	return nil

@@ -36,7 +36,7 @@ func (m *image) setParent(c *engine.Commit, parent *engine.Parent) error {
 	}
 	edits := append(m.moveEdits(move), edit{m.meta.at, encodeTable(changed.items)}, changed.paramsEdit())
 	if err := m.edit(c, edits); err != nil {
-		return errors.Join(err, m.undoMove(move))
+		return errors.Join(err, m.undoMove(c, move))
 	}
 	m.finishMove(move)
 	hadParent := m.meta.hasParent
@@ -154,7 +154,7 @@ func (m *image) batForParent(c *engine.Commit, hasParent bool) (*region, error) 
 		err = m.zeroFile(c, at, at+batEntryBytes)
 	}
 	if err != nil {
-		return nil, errors.Join(err, m.undoMove(move))
+		return nil, errors.Join(err, m.undoMove(c, move))
 	}
 	return move, nil
 }
