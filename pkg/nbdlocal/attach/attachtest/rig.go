@@ -215,15 +215,33 @@ func (r *rig) startLoad() *load {
 	return l
 }
 
-// awaitProgress waits until a load has had n more answers.
+// awaitProgress waits until a load has had n more answers. Like a supervisor, it replaces a
+// server that has ended.
 func (r *rig) awaitProgress(l *load, n int64) {
 	r.t.Helper()
 	for start, deadline := l.progress(), time.Now().Add(2*time.Minute); l.progress() < start+n; {
+		if r.hungUpOn() {
+			r.t.Log("the kernel hung up on the server")
+			r.killServer()
+			r.recover()
+		}
 		if time.Now().After(deadline) {
 			r.t.Fatalf("%d requests in two minutes, want %d", l.progress()-start, n)
 		}
 		time.Sleep(time.Millisecond)
 	}
+}
+
+// hungUpOn says whether an nbd device's server has ended although nobody ended it. When a
+// server dies while the kernel sends to it, both that sender and the receiver note that the
+// connection is dead; the later one may find the next connection in its place.
+func (r *rig) hungUpOn() bool {
+	if r.state.Transport != "nbd" || r.process == nil {
+		return false
+	}
+	var info unix.Siginfo
+	err := unix.Waitid(unix.P_PID, r.process.Process.Pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+	return err == nil && info.Signo != 0
 }
 
 func (r *rig) finish(l *load) {
