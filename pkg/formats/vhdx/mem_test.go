@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/csi-imgdisk/csi-imgdisk/internal/testenv"
@@ -407,6 +408,41 @@ func TestResize_MovesTable(t *testing.T) {
 				t.Errorf("check: %s", p.Text)
 			}
 		})
+	}
+}
+
+// A resize that moves the table fails at each of its operations, and the image is opened
+// anew: what the log has by then counts, and finds all that it refers to.
+func TestResize_FailsAnywhere(t *testing.T) {
+	mem := newSmall(t)
+	want := readAll(t, mem)
+	for n, failed := uint64(0), true; failed; n++ {
+		left, armed := mem.Clone(), false
+		failed = false
+		fail := vfs.FailNth(n, syscall.EIO)
+		image := mustOpen(t, vfs.Inject(left, func(op vfs.Op) error {
+			if !armed {
+				return nil
+			}
+			err := fail(op)
+			failed = failed || err != nil
+			return err
+		}), "a.vhdx", vfs.ReadWrite)
+		armed = true
+		err := image.Resize(300 << 30)
+		armed = false
+		_ = image.Close() // it may be poisoned
+		image = mustOpen(t, left, "a.vhdx", vfs.ReadWrite)
+		got := make([]byte, len(want))
+		if _, readErr := image.ReadAt(got, 0); readErr != nil || !bytes.Equal(got, want) {
+			t.Fatalf("resize with operation %d failing: %v; opened anew it reads differently, error %v", n, err, readErr)
+		}
+		if err := image.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if result := check(t, left, false); result.Corruptions > 0 {
+			t.Fatalf("resize with operation %d failing: %v; then check: %+v", n, err, result.Problems)
+		}
 	}
 }
 

@@ -624,6 +624,10 @@ func testKillServerFio(t *testing.T, cfg Config) {
 		r.recover()
 	}
 	time.Sleep(200 * time.Millisecond)
+	if r.hungUpOn() {
+		r.killServer()
+		r.recover()
+	}
 	if err := cmd.Process.Signal(unix.SIGINT); err != nil { // ends at once, and reports
 		t.Fatal(err)
 	}
