@@ -26,8 +26,9 @@ const (
 	// hostileTime is how long everything that is done with one damaged image may take:
 	// a generous limit for a busy machine.
 	hostileTime = 30 * time.Second
-	// hostileBytes is how much may be allocated meanwhile, caches included.
-	hostileBytes = 192 << 20
+	// hostileBytes is how much may be allocated meanwhile, caches included, and what is
+	// written to files, which are in memory: a VHD makes room for a table by copying blocks.
+	hostileBytes = 384 << 20
 	// hostileReads bounds what is read of an image that says it is huge.
 	hostileReads = 8 << 20
 )
