@@ -20,8 +20,9 @@
 // A run begins by reading every block. With -flushed N, each has to hold a whole block of an
 // earlier run: the last one that was written there up to N, or a later one, which had been
 // written without anybody being told. Anything else, such as an older block, half a block or
-// another's, is an error: "lost" or "corrupt". From then on the run knows what is in each
-// block. It reads blocks as it goes, and all of them when it is told to end (SIGTERM): a
+// another's, is an error: "lost" or "corrupt". Of the writes that nobody was told of, any may be
+// missing, also some before others that are there: the run begins by writing those again. From
+// then on it knows what is in each block. It reads blocks as it goes, and all of them when it is told to end (SIGTERM): a
 // block that differs from what this run found or wrote was written by somebody else.
 //
 // Exit status: 0 ended when told to, everything right; 3 contents are wrong; 4 a request
@@ -85,6 +86,11 @@ func run(c config, verifyOnly bool, stop func() bool) error {
 		return errors.Join(err, w.close())
 	}
 	fmt.Printf("found %d of %d blocks written, up to %d\n", w.found, c.blocks, w.next-1)
+	if !verifyOnly {
+		if err := w.fillGaps(); err != nil {
+			return errors.Join(err, w.close())
+		}
+	}
 	for !verifyOnly && !stop() {
 		if err := w.round(); err != nil {
 			return errors.Join(err, w.close())

@@ -212,21 +212,46 @@ func (w *volume) compare(place uint64, h header) error {
 	return nil
 }
 
+// fillGaps writes what the earlier run wrote last, without having flushed it, and what is not
+// there although something later is: from now on everything up to next has to be there.
+func (w *volume) fillGaps() error {
+	first := w.config.flushed + 1
+	if w.next > w.blocks {
+		first = max(first, w.next-w.blocks)
+	}
+	for s := first; s < w.next; s++ {
+		if w.is[w.place(s)].sequence >= s {
+			continue
+		}
+		if err := w.write(s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// write writes the block of a sequence number.
+func (w *volume) write(sequence uint64) error {
+	h := header{w.run, sequence}
+	place := w.place(sequence)
+	encode(w.block, h)
+	err := w.request(func() error {
+		_, err := w.file.WriteAt(w.block, int64(place)*blockBytes)
+		return err
+	})
+	if err == nil {
+		w.is[place] = h
+	}
+	return err
+}
+
 // round writes some blocks, checks one that was written before and one that was written
 // just now, and flushes.
 func (w *volume) round() error {
 	for range w.batch {
-		h := header{w.run, w.next}
-		place := w.place(h.sequence)
-		encode(w.block, h)
-		err := w.request(func() error {
-			_, err := w.file.WriteAt(w.block, int64(place)*blockBytes)
-			return err
-		})
-		if err != nil {
+		if err := w.write(w.next); err != nil {
 			return err
 		}
-		w.is[place] = h
 		w.next++
 	}
 	for _, place := range []uint64{w.place(w.next - 1), w.place(w.next * 40503)} {

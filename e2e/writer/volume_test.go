@@ -63,6 +63,35 @@ func TestUnflushedMayBeThere(t *testing.T) {
 	}
 }
 
+// A crash may keep later writes and lose earlier ones, if none was flushed. What a third run is
+// told then is true: the second has flushed everything.
+func TestUnflushedMayBeMissing(t *testing.T) {
+	path, w := written(t)
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	flushed := w.flushed - 13
+	for s := flushed + 1; s <= flushed+9; s++ {
+		before := make([]byte, blockBytes)
+		encode(before, header{1, s - w.blocks})
+		if _, err := f.WriteAt(before, int64(w.place(s))*blockBytes); err != nil {
+			t.Fatal(err)
+		}
+	}
+	second, err := start(t, path, 2, flushed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(second.fillGaps(), second.round()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := start(t, path, 3, second.flushed); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestLost(t *testing.T) {
 	path, w := written(t)
 	_, err := start(t, path, 2, w.flushed+5)
