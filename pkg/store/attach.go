@@ -297,6 +297,7 @@ func (a *Attached) Close() error {
 	a.close.Do(func() {
 		a.stop()
 		a.watching.Wait()
+		a.lookOnceMore()
 		err := a.image.Close()
 		err = errors.Join(err, a.closeJournal())
 		if err == nil && a.fence.check() == nil && !a.opts.ReadOnly && a.opts.Node != "" {
@@ -307,6 +308,22 @@ func (a *Attached) Close() error {
 		}
 	})
 	return a.closeErr
+}
+
+// lookOnceMore closes the fence if the volume is another's by now: after a store did not answer
+// for long, closing may be the first that gets through, and would shorten the image to what
+// this holder knows of it. A record that cannot be read is no reason to keep what was written.
+func (a *Attached) lookOnceMore() {
+	if a.opts.ReadOnly {
+		return
+	}
+	rec, err := a.store.readRecord(a.name)
+	if err == nil {
+		err = a.allowed(&rec)
+	}
+	if err = notFound(a.name, err); errors.Is(err, block.ErrNotFound) || errors.Is(err, block.ErrFenced) {
+		a.lose(err)
+	}
 }
 
 // stopServing notes that everything is in the store: others may take snapshots now.

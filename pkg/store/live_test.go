@@ -278,6 +278,37 @@ func openSnapshot(tb testing.TB, s *store.Store, volume, snapshot string) block.
 	return a
 }
 
+// A holder that has not seen that the volume is another's does not tidy the image when it
+// closes: the other may have made it longer meanwhile.
+func TestAttach_FencedBeforeClose(t *testing.T) {
+	m := vfs.NewMem()
+	s := openStore(t, m)
+	opts := fast
+	opts.PollInterval = time.Hour
+	old, err := store.Open(t.Context(), "old", m, opts)
+	must(t, err)
+	volume(t, s, "v")
+	a := attach(t, old, "v", "n1")
+	writeStamp(t, a, 0, 1)
+	must(t, a.Flush())
+	file := a.Record().Layers[0].File
+	f, err := m.Open(file, vfs.ReadOnly)
+	must(t, err)
+	before, err := f.Size()
+	must(t, err)
+	must(t, s.Unpublish(t.Context(), "v", "n1"))
+	if err := a.Close(); !errors.Is(err, block.ErrFenced) {
+		t.Errorf("close: %v", err)
+	}
+	after, err := f.Size()
+	must(t, err)
+	if before != after {
+		t.Errorf("%s had %d bytes, and %d after a holder closed it that had lost it", file, before, after)
+	}
+	must(t, f.Close())
+	expectSound(t, s, "closed")
+}
+
 // A node that lost the volume stops at once, and the next one gets it without waiting for
 // anything else.
 func TestAttach_Fencing(t *testing.T) {
