@@ -101,7 +101,9 @@ func (p *controlPlane) startControllers() error {
 	return errors.Join(
 		p.run("kube-controller-manager", "--kubeconfig="+p.c.path("controller-manager.kubeconfig"),
 			"--leader-elect=false", "--use-service-account-credentials=true", "--root-ca-file="+pki("ca.crt"),
-			"--service-account-private-key-file="+pki("serviceaccount.key"), "--allocate-node-cidrs=false"),
+			"--service-account-private-key-file="+pki("serviceaccount.key"), "--allocate-node-cidrs=false",
+			// Kubelets say every 10 s that they live.
+			"--node-monitor-grace-period=30s"),
 		p.run("kube-scheduler", "--kubeconfig="+p.c.path("scheduler.kubeconfig"), "--leader-elect=false"),
 	)
 }

@@ -61,7 +61,7 @@ func build(ctx context.Context, cacheDir string) (_ *Parts, err error) {
 		return nil, err
 	}
 	p.Images = []string{made.driverImages}
-	p.ImageNames = []string{p.DriverImage, p.NextDriverImage, PodImage, agnhostImage, busyboxImage}
+	p.ImageNames = []string{p.DriverImage, p.NextDriverImage, PodImage, agnhostImage, busyboxImage, glibcImage, nginxImage}
 	if err := b.addProgramImages(ctx, p, names.sidecars, made.ours, made.provisioner, made.sidecars); err != nil {
 		return nil, err
 	}

@@ -20,11 +20,14 @@ const (
 	pauseImage = "registry.k8s.io/pause:3.10.2"
 )
 
-// Images that the upstream suite's pods name. The first two have Debian's tools where the
-// originals have Alpine's and busybox's; the last, of which its test needs only that it runs, is pause.
+// Images that the upstream suite's pods name. Those whose originals have other tools have
+// Debian's, as its tests only need a shell; the last, of which its test needs only that it
+// runs, is pause.
 const (
 	agnhostImage   = "registry.k8s.io/e2e-test-images/agnhost:2.63.0"
 	busyboxImage   = "registry.k8s.io/e2e-test-images/busybox:1.37.0-1"
+	glibcImage     = "registry.k8s.io/e2e-test-images/glibc-dns-testing:2.0.0"
+	nginxImage     = "registry.k8s.io/e2e-test-images/nginx:1.15-4"
 	populatorImage = "registry.k8s.io/sig-storage/hello-populator:v1.0.1"
 	validatorImage = "registry.k8s.io/sig-storage/volume-data-source-validator:v1.0.0"
 )
@@ -132,7 +135,7 @@ func (b *builder) testImages(ctx context.Context, stand, kube string) (string, e
 			[]archive.File{executable("agnhost", filepath.Join(kube, "agnhost")), tmp},
 		},
 		debianImage{
-			archive.Image{Names: []string{busyboxImage}, Env: []string{archive.DefaultPath}, Cmd: []string{"sh"}},
+			archive.Image{Names: []string{busyboxImage, glibcImage, nginxImage}, Env: []string{archive.DefaultPath}, Cmd: []string{"sh"}},
 			[]archive.File{executable("usr/bin/busybox", filepath.Join(busybox, "bin/busybox")), tmp},
 		},
 	)

@@ -112,8 +112,12 @@ func (e *env) ok(err error) {
 // takes longer than limit. What is missing is said then.
 func (e *env) eventually(limit time.Duration, what string, check func(ctx context.Context) (missing string, err error)) {
 	e.Helper()
+	begun := time.Now()
 	if err := poll(e.Context(), limit, check); err != nil {
 		e.Fatalf("%s: %v", what, err)
+	}
+	if took := time.Since(begun); took > 10*time.Second {
+		e.Logf("%s %5.1f s until %s", begun.Format(time.TimeOnly), took.Seconds(), what)
 	}
 }
 

@@ -110,20 +110,21 @@ func mover(name, node string, formats []string, scripts map[string]string) pod {
 	return p
 }
 
-// check runs `image check` on all layers of volumes that are not attached. Space that nothing
-// refers to (exit code 3) is what a server leaves that was killed.
+// check runs `image check` on all layers of volumes that are not attached, beside the data
+// plane's pod on node-b, where the store is mounted. Space that nothing refers to (exit code 3)
+// is what a server leaves that was killed.
 func (e *env) check(dirs ...string) {
 	e.Helper()
 	script := ""
 	for _, dir := range dirs {
-		_, volume, _ := strings.Cut(dir, "/")
+		store, volume, _ := strings.Cut(dir, "/")
 		e.volumeDetached(volume) // which comes after a pod is gone
-		script += fmt.Sprintf(`for image in /store/volumes/%s/%[1]s*; do
+		script += fmt.Sprintf(`for image in /var/lib/csi-imgdisk/stores/%s/volumes/%s/%[2]s*; do
   case $image in *.raw|*.img) ;; *) csi-imgdisk image check $image || test $? = 3;; esac
 done
-`, volume)
+`, store, volume)
 	}
-	e.do(pod{name: "check-" + fmt.Sprint(len(e.volumes)), store: true, script: script})
+	e.on(cluster.NodeB, fmt.Sprintf("guard=$(grep -lzx -e --guard /proc/[0-9]*/cmdline 2>/dev/null | head -n 1 | cut -d/ -f3)\nnsenter -t $guard -m sh -ec '%s'", script))
 }
 
 // readWriteOncePod: a second pod on the same node waits until the first is gone.

@@ -18,105 +18,134 @@ import (
 )
 
 // Nodes and the NFS server fail while volumes are written to. What was flushed is there on
-// the other node, and the old writer, should it live, cannot write any more.
+// the other node, and the old writer, should it live, cannot write any more. The same volumes
+// go from node to node: what a failure harmed, also later, the next writers find.
 func TestNodes(t *testing.T) {
+	e := newEnv(t)
+	v := moving{env: e, node: cluster.NodeA, other: cluster.NodeB}
+	v.files = []string{e.claim(claim{name: "files"})}
+	v.blocks = []string{e.claim(claim{name: "disk", block: true, class: e.class(map[string]string{"store": "main", "format": "vmdk"})})}
+	v.write(nil)
+	dirs := e.bound("files", "disk")
+
 	outcomes := newTable("nodes", "what failed", "detached after", "written to on the other node after", "the old writer")
-	a := func() *cluster.Machine { return world.cluster.Machine(cluster.NodeA) }
-	heal := func(ctx context.Context) error { return a().Heal(ctx) }
-	cut := func(from ...string) func(context.Context) error {
-		return func(ctx context.Context) error { return a().Cut(ctx, from...) }
+	cut := func(from ...string) func(context.Context, *cluster.Machine) error {
+		return func(ctx context.Context, m *cluster.Machine) error { return m.Cut(ctx, from...) }
 	}
+	heal := func(ctx context.Context, m *cluster.Machine) error { return m.Heal(ctx) }
+	off := func(_ context.Context, m *cluster.Machine) error { return m.PowerOff() }
+	on := func(ctx context.Context, m *cluster.Machine) error { return m.PowerOn(ctx) }
 	for _, f := range []failure{
-		{"PoweredOff", func(context.Context) error { return a().PowerOff() }, func(ctx context.Context) error { return a().PowerOn(ctx) }, true, true},
+		{"PoweredOff", off, on, true, true},
 		{"CutFromAPI", cut("api"), heal, true, false},
 		{"CutFromNFS", cut("nfs"), heal, false, false},
 		{"CutFromBoth", cut("api", "nfs"), heal, true, false},
 	} {
-		t.Run(f.name, func(t *testing.T) { f.test(newEnv(t), outcomes) })
+		if !t.Run(f.name, func(t *testing.T) { v.survive(t, f, outcomes) }) {
+			return // the volumes may be anywhere
+		}
 	}
-	t.Run("NFSServerRestarted", func(t *testing.T) { serverRestarted(newEnv(t)) })
-	e := &env{T: t}
-	if world.cluster != nil {
-		outcomes.print(e)
+	outcomes.print(e)
+	if t.Run("NFSServerRestarted", func(t *testing.T) { v.serverRestarted(t) }) {
+		e.stop(v.writers) // everything is what they wrote
+		e.check(dirs...)
 	}
 }
 
-// failure is one of node-a's.
+// failure is one of a node's.
 type failure struct {
 	name       string
-	begin, end func(context.Context) error
+	begin, end func(context.Context, *cluster.Machine) error
 	noticed    bool // the node does not report to the API server
 	off        bool // nothing runs there
 }
 
-// test writes on node-a, lets it fail, and moves the volumes to node-b as the documentation
-// of Kubernetes says: with the taint out-of-service.
-func (f failure) test(e *env, outcomes *table) {
-	e.claim(claim{name: "files"})
-	e.claim(claim{name: "disk", block: true, class: e.class(map[string]string{"store": "main", "format": "vmdk"})})
-	p := pod{name: "old", node: cluster.NodeA, files: []string{"files"}, blocks: []string{"disk"}}
-	old := e.write(p, 1)
-	dirs := e.bound("files", "disk")
+// moving are volumes that are written to on a node, and that node fails again and again.
+type moving struct {
+	*env
+	node, other   string
+	files, blocks []string
+	run           int
+	pod           string
+	writers       []*writer
+}
 
-	defer e.recover(f)
+// write starts the next run of writers, on v.node.
+func (v *moving) write(flushed []int) {
+	v.Helper()
+	v.run++
+	v.pod = fmt.Sprint("run-", v.run)
+	v.writers = v.env.write(pod{name: v.pod, node: v.node, files: v.files, blocks: v.blocks}, v.run, flushed...)
+}
+
+// survive lets the node fail, and moves the volumes to the other one as the documentation of
+// Kubernetes says: with the taint out-of-service.
+func (v *moving) survive(t *testing.T, f failure, outcomes *table) {
+	parent := v.T
+	v.T = t
+	defer func() { v.T = parent }()
+	node, m := v.node, world.cluster.Machine(v.node)
+	old, oldPod := v.writers, v.pod
+
+	defer v.recover(node, func(ctx context.Context) error { return f.end(ctx, m) })
 	flushed := flushedOf(old) // of a machine without power nothing more can be known
 	failed := time.Now()
-	e.ok(f.begin(e.Context()))
+	v.ok(f.begin(v.Context(), m))
 	if f.noticed {
-		e.nodeReady(cluster.NodeA, false)
+		v.nodeReady(node, false)
 	}
-	e.taint(true)
+	v.taint(node, true)
 	if !f.noticed {
 		// Kubernetes deletes the pods of nodes that it takes for dead; here a person does.
-		err := world.client.CoreV1().Pods(e.ns).Delete(e.Context(), "old", metav1.DeleteOptions{GracePeriodSeconds: ptr(int64(0))})
-		e.ok(err)
+		err := world.client.CoreV1().Pods(v.ns).Delete(v.Context(), oldPod, metav1.DeleteOptions{GracePeriodSeconds: ptr(int64(0))})
+		v.ok(err)
 	}
-	e.detached("files", "disk")
+	v.detached("files", "disk")
 	detached := time.Since(failed)
 
 	// The new writers begin while the old ones may still try.
 	if !f.off {
 		flushed = flushedOf(old)
 	}
-	p.name, p.node = "new", cluster.NodeB
-	fresh := e.write(p, 2, flushed...)
+	v.node, v.other = v.other, v.node
+	v.write(flushed)
 	moved := time.Since(failed)
 	fate := "gone with its node"
 	if !f.off {
-		fate = f.fenced(e, old, fresh)
+		fate = v.fenced(old, v.writers)
 	}
 
-	e.ok(f.end(e.Context()))
-	e.taint(false)
-	e.nodeReady(cluster.NodeA, true)
+	v.ok(f.end(v.Context(), m))
+	v.taint(node, false)
+	v.nodeReady(node, true)
 	if !f.off {
-		e.eventually(longer, "the old writers' processes end", func(ctx context.Context) (string, error) {
-			out, err := world.cluster.Machine(cluster.NodeA).Run(ctx, fmt.Sprintf("grep -lzx -e '%s' /proc/[0-9]*/cmdline 2>/dev/null | grep -v /self/ | wc -l", e.tag("old")))
-			// The command itself has the argument, too.
-			if n, _ := strconv.Atoi(strings.TrimSpace(out)); n > 1 {
-				return out + " processes", err
-			}
-			return "", err
-		})
+		v.ended(node, oldPod)
 	}
-	for _, w := range fresh {
+	for _, w := range v.writers {
 		w.mark()
-		w.advances()
+		w.advances() // after all that the old ones could still do
 	}
-	flushed = e.stop(fresh) // everything is what the new writers wrote
-	e.check(dirs...)
 	outcomes.add(f.name, detached, moved, fate)
+}
 
-	// The node takes volumes again, these too.
-	p.name, p.node = "back", cluster.NodeA
-	e.stop(e.write(p, 3, flushed...))
+// ended waits until no process of a pod is left on a node that the pod was removed from.
+func (v *moving) ended(node, pod string) {
+	v.Helper()
+	v.eventually(longer, "the old writers' processes end", func(ctx context.Context) (string, error) {
+		out, err := world.cluster.Machine(node).Run(ctx, fmt.Sprintf("grep -lzx -e '%s' /proc/[0-9]*/cmdline 2>/dev/null | grep -v /self/ | wc -l", v.tag(pod)))
+		// The command itself has the argument, too.
+		if n, _ := strconv.Atoi(strings.TrimSpace(out)); n > 1 {
+			return out + " processes", err
+		}
+		return "", err
+	})
 }
 
 var found = regexp.MustCompile(`found \d+ of \d+ blocks written, up to (\d+)`)
 
 // fenced looks at the old writers, whose node runs: what they have flushed since, the new
 // ones have found.
-func (f failure) fenced(e *env, old, fresh []*writer) string {
+func (e *env) fenced(old, fresh []*writer) string {
 	e.Helper()
 	fate := "its requests wait"
 	for i := range old {
@@ -141,30 +170,32 @@ func (f failure) fenced(e *env, old, fresh []*writer) string {
 }
 
 // recover has the node back when the test ends early.
-func (e *env) recover(f failure) {
+func (e *env) recover(node string, end func(context.Context) error) {
 	if !e.Failed() {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), longer)
 	defer cancel()
 	e.report(ctx)
-	if err := f.end(ctx); err != nil {
+	if err := end(ctx); err != nil {
 		e.Log(err)
 	}
-	setTaint(ctx, false)
+	if err := setTaint(ctx, node, false); err != nil {
+		e.Log(err)
+	}
 }
 
 // taint sets or removes the taint that says that a node is not in service.
-func (e *env) taint(set bool) {
+func (e *env) taint(node string, set bool) {
 	e.Helper()
-	e.ok(setTaint(e.Context(), set))
+	e.ok(setTaint(e.Context(), node, set))
 }
 
-func setTaint(ctx context.Context, set bool) error {
+func setTaint(ctx context.Context, name string, set bool) error {
 	outOfService := corev1.Taint{Key: corev1.TaintNodeOutOfService, Value: "nodeshutdown", Effect: corev1.TaintEffectNoExecute}
 	is := func(t corev1.Taint) bool { return t.MatchTaint(&outOfService) }
 	return poll(ctx, soon, func(ctx context.Context) (string, error) {
-		node, err := world.client.CoreV1().Nodes().Get(ctx, cluster.NodeA, metav1.GetOptions{})
+		node, err := world.client.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
 		if err != nil || slices.ContainsFunc(node.Spec.Taints, is) == set {
 			return "", err
 		}
@@ -238,44 +269,25 @@ func (e *env) volumeDetached(volume string) {
 	})
 }
 
-// serverRestarted: the NFS server is without power for a minute while volumes on both nodes are
-// written to. Requests wait, none fails.
-func serverRestarted(e *env) {
+// serverRestarted: the NFS server is without power for a minute. Requests wait, none fails.
+func (v *moving) serverRestarted(t *testing.T) {
+	parent := v.T
+	v.T = t
+	defer func() { v.T = parent }()
 	pauses := newTable("nfs-restarted", "NFS server without power for a minute", "longest pause of a request")
-	var loads []pod
-	var dirs []string
-	for _, node := range bothNodes {
-		files, disk := "files-"+node, "disk-"+node
-		e.claim(claim{name: files, class: e.class(map[string]string{"store": "main", "format": "vhdx"})})
-		e.claim(claim{name: disk, block: true})
-		p := pod{name: "load-" + node, node: node, files: []string{files}, blocks: []string{disk}}
-		e.writerPod(&p, 1)
-		loads = append(loads, p)
-		dirs = append(dirs, e.bound(files, disk)...)
-	}
-	var all [][]*writer
-	for _, p := range loads {
-		all = append(all, e.writing(p))
-	}
-	for _, ws := range all {
-		for _, w := range ws {
-			w.mark()
-		}
+	for _, w := range v.writers {
+		w.mark()
 	}
 	nfs := world.cluster.Machine(cluster.NFS)
-	e.ok(nfs.PowerOff())
+	v.ok(nfs.PowerOff())
 	time.Sleep(time.Minute)
-	e.ok(nfs.PowerOn(e.Context()))
-	e.eventually(soon, "the NFS server has its exports", func(ctx context.Context) (string, error) {
+	v.ok(nfs.PowerOn(v.Context()))
+	v.eventually(soon, "the NFS server has its exports", func(ctx context.Context) (string, error) {
 		return "", install.PrepareServer(ctx, world.cluster)
 	})
-	for i, ws := range all {
-		for _, w := range ws {
-			w.advances()
-			pauses.add(w.pod+" "+w.log[strings.LastIndex(w.log, "writer-"):len(w.log)-len("/0.log")], w.pause())
-		}
-		e.stop(all[i])
+	for i, w := range v.writers {
+		w.advances()
+		pauses.add(append(v.files, v.blocks...)[i]+" on "+v.node, w.pause())
 	}
-	e.check(dirs...)
-	pauses.print(e)
+	pauses.print(v.env)
 }
