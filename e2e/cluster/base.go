@@ -32,7 +32,7 @@ const suite = "bookworm"
 
 // packages are what machines have beside what every Debian has.
 var packages = []string{
-	"containerd", "runc", "containernetworking-plugins", "conntrack", "iptables", "iproute2", "kmod", "udev",
+	"containerd", "crun", "containernetworking-plugins", "conntrack", "iptables", "iproute2", "kmod", "udev",
 	"e2fsprogs", "xfsprogs", "btrfs-progs", "nfs-common", "nfs-kernel-server", "rpcbind", "procps", "psmisc", "fdisk",
 }
 

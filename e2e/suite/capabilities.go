@@ -7,20 +7,21 @@ import (
 )
 
 // capabilities are what driver.yaml claims and what else the driver does, each with tests of
-// which a driver without it would be skipped in all or fail. They are a short run.
+// which a driver without it would be skipped in all or fail. They are a short run; some tests
+// show more than one capability.
 var capabilities = []struct {
 	name  string
 	tests string // regular expression, found in at least one test's name
 }{
-	{"persistence", `Dynamic PV \(default fs\)\] volumes should store data`},
+	{"persistence", `Dynamic PV \(xfs\)\] \[Slow\] volumes should store data`},
 	{"xfs", `Dynamic PV \(xfs\)\] \[Slow\] volumes should store data`},
 	{"block", `Dynamic PV \(block volmode\)\] volumes should store data`},
 	{"exec", `Dynamic PV \(default fs\)\] volumes should allow exec of files on the volume`},
 	{"mount options", `Dynamic PV \(default fs\)\] provisioning should provision storage with mount options`},
 	{"fsGroup", `Dynamic PV \(default fs\)\] fsgroupchangepolicy \(OnRootMismatch\)\[LinuxOnly\], pod created with an initial fsgroup, new pod fsgroup applied`},
-	{"snapshotDataSource", `Dynamic PV \(default fs\)\] provisioning should provision storage with snapshot data source \[`},
+	{"snapshotDataSource", `Dynamic Snapshot \(delete policy\)\] snapshottable .*after modifying source data, check deletion \(persistent\)`},
 	{"snapshots of volumes in use", `Dynamic Snapshot \(delete policy\)\] snapshottable .*after modifying source data, check deletion \(persistent\)`},
-	{"pvcDataSource", `Dynamic PV \(default fs\)\] provisioning should provision storage with pvc data source$`},
+	{"pvcDataSource", `Dynamic PV \(default fs\)\] provisioning should provision storage with pvc data source \(ROX mode\)`},
 	{"capReadOnlyMany", `Dynamic PV \(default fs\)\] provisioning should provision storage with pvc data source \(ROX mode\)`},
 	{"multipods", `Dynamic PV \(filesystem volmode\)\] multiVolume \[Slow\] should concurrently access the single volume from pods on the same node`},
 	{"multiplePVsSameID", `Dynamic PV \(default fs\)\] provisioning should mount multiple PV pointing to the same storage on the same node`},

@@ -78,7 +78,7 @@ func TestUncovered(t *testing.T) {
 	if len(all) != len(capabilities) {
 		t.Errorf("without any test: %q", all)
 	}
-	name := "[Testpattern: Dynamic PV (default fs)] volumes should store data"
+	name := "[Testpattern: Dynamic PV (block volmode)] volumes should store data"
 	if got := uncovered([]Test{{Name: name, State: Passed}}); len(got) != len(all)-1 {
 		t.Errorf("with one that passed: %q", got)
 	}

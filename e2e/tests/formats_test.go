@@ -13,13 +13,9 @@ import (
 	"github.com/csi-imgdisk/csi-imgdisk/e2e/cluster"
 )
 
-// formats are the names of all that volumes can be made of; VHD is called as QEMU does.
-var formats = []string{"vmdk", "vhdx", "vdi", "qcow", "qcow2", "vpc", "raw"}
-
 // Each is what a user does; none disturbs the others, and the cluster is busy.
 func TestUse(t *testing.T) {
 	for name, test := range map[string]func(*env){
-		"Formats_MoveToTheOtherNode":              formatsMove,
 		"ReadWriteOncePod":                        readWriteOncePod,
 		"ReadOnlyMany_SnapshotOnBothNodes":        readOnlyMany,
 		"Snapshot_RestoreCloneExpand_UnderLoad":   snapshotUnderLoad,
@@ -35,80 +31,6 @@ func TestUse(t *testing.T) {
 
 // untilTold waits in a script until the test calls end.
 const untilTold = "trap 'exit 0' TERM; while :; do sleep 1; done"
-
-// kinds are what volumes are used as.
-var kinds = []string{"ext4", "xfs", "block"}
-
-// formatsMove: volumes of each format and kind, half of the formats on each node, are filled
-// there and read on the other node.
-func formatsMove(e *env) {
-	var all []string
-	for _, format := range formats {
-		plain := e.class(map[string]string{"store": "main", "format": format})
-		xfs := e.class(map[string]string{"store": "main", "format": format, "csi.storage.k8s.io/fstype": "xfs"})
-		all = append(all,
-			e.claim(claim{name: format + "-ext4", size: "128Mi", class: plain}),
-			e.claim(claim{name: format + "-xfs", size: "320Mi", class: xfs}),
-			e.claim(claim{name: format + "-block", size: "128Mi", block: true, class: plain}))
-	}
-	dirs := e.bound(all...)
-	halves := [][]string{formats[:len(formats)/2], formats[len(formats)/2:]}
-	var wrote []string
-	for i, half := range halves {
-		e.pod(mover("first-"+bothNodes[i], bothNodes[i], half, fill))
-	}
-	for i, half := range halves {
-		said := e.result("first-" + bothNodes[i])
-		if n := strings.Count(said, "\n") + 1; n != len(half)*len(kinds) {
-			e.Fatalf("wrote %v on %s, and have %d checksums: %s", half, bothNodes[i], n, said)
-		}
-		wrote = append(wrote, said)
-	}
-	e.deletePods("first-"+bothNodes[0], "first-"+bothNodes[1])
-	for i, half := range halves {
-		e.pod(mover("second-"+bothNodes[1-i], bothNodes[1-i], half, sum))
-	}
-	for i := range halves {
-		if read := e.result("second-" + bothNodes[1-i]); read != wrote[i] {
-			e.Errorf("wrote on %s, with checksums\n%s\nread on %s\n%s", bothNodes[i], wrote[i], bothNodes[1-i], read)
-		}
-	}
-	e.deletePods("second-"+bothNodes[0], "second-"+bothNodes[1])
-	e.check(dirs...)
-}
-
-// Scripts for a claim of each kind, which is %[1]s. sum says the checksum of what fill wrote.
-var (
-	fill = map[string]string{
-		"ext4":  `test "$(stat -f -c %%T /%[1]s)" = ext2/ext3; ` + fillFile,
-		"xfs":   `test "$(stat -f -c %%T /%[1]s)" = xfs; ` + fillFile,
-		"block": "head -c 4194304 /dev/urandom | dd of=/dev/%[1]s bs=1M seek=100 iflag=fullblock oflag=direct conv=fsync status=none\n" + sum["block"],
-	}
-	fillFile = "head -c 4194304 /dev/urandom >/%[1]s/data; sync /%[1]s/data\n" + sumFile
-	sum      = map[string]string{
-		"ext4":  sumFile,
-		"xfs":   sumFile,
-		"block": `echo "%[1]s $(dd if=/dev/%[1]s bs=1M skip=100 count=4 iflag=direct status=none | sha256sum)" >>/dev/termination-log` + "\n",
-	}
-	sumFile = `echo "%[1]s $(sha256sum </%[1]s/data)" >>/dev/termination-log` + "\n"
-)
-
-// mover is a pod that runs a script of each kind for its claim in each format.
-func mover(name, node string, formats []string, scripts map[string]string) pod {
-	p := pod{name: name, node: node}
-	for _, format := range formats {
-		for _, kind := range kinds {
-			claim := format + "-" + kind
-			if kind == "block" {
-				p.blocks = append(p.blocks, claim)
-			} else {
-				p.files = append(p.files, claim)
-			}
-			p.script += fmt.Sprintf(scripts[kind], claim)
-		}
-	}
-	return p
-}
 
 // check runs `image check` on all layers of volumes that are not attached, beside the data
 // plane's pod on node-b, where the store is mounted. Space that nothing refers to (exit code 3)

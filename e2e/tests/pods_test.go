@@ -97,13 +97,14 @@ func (e *env) where(pod string) (node, logs string) {
 	return p.Spec.NodeName, fmt.Sprintf("/var/log/pods/%s_%s_%s", e.ns, pod, p.UID)
 }
 
-// says waits until a pod's script, which runs, has printed a line with these words.
-func (e *env) says(pod, words string) {
+// says waits until a pod's script, which runs, has printed a line with these words, and
+// returns all that it printed.
+func (e *env) says(pod, words string) (all string) {
 	e.Helper()
 	node, logs := e.where(pod)
 	e.eventually(longer, "pod "+pod+" says "+words, func(ctx context.Context) (string, error) {
 		out, err := world.cluster.Machine(node).Run(ctx, "cat "+logs+"/script/0.log 2>/dev/null || true")
-		if err != nil || strings.Contains(out, words) {
+		if all = out; err != nil || strings.Contains(out, words) {
 			return "", err
 		}
 		p, err := world.client.CoreV1().Pods(e.ns).Get(ctx, pod, metav1.GetOptions{})
@@ -112,6 +113,7 @@ func (e *env) says(pod, words string) {
 		}
 		return "it said: " + out, err
 	})
+	return all
 }
 
 // end tells a pod's programs to end, waits until they have ended well, removes the pod, and

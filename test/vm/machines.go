@@ -13,15 +13,16 @@ type machine struct {
 	programs  []string // that are built and packed; the first is run
 	run       string   // which of its tests, as go test -run has it; "" is all
 	arguments []string // its arguments, without commas and spaces
+	once      bool     // what it tests hardly depends on the kernel: only the first runs it
 }
 
 // testMachines run the tests, each those that say that they run on it.
 var testMachines = []machine{
 	{name: "transports", memoryMiB: 1536, programs: []string{"guest.test"}},
 	{name: "volumes", memoryMiB: 1024, programs: []string{"volumes.test", "csi-imgdisk"}},
-	{name: "stall", memoryMiB: 1024, programs: []string{"volumes.test", "csi-imgdisk"}},
+	{name: "stall", memoryMiB: 1024, programs: []string{"volumes.test", "csi-imgdisk"}, once: true},
 	// Less memory than what its tests write into page caches.
-	{name: "memory", memoryMiB: 320, programs: []string{"volumes.test", "csi-imgdisk"}},
+	{name: "memory", memoryMiB: 320, programs: []string{"volumes.test", "csi-imgdisk"}, once: true},
 	// Its own tests of what differs where root has all capabilities, and between transports.
 	{name: "supervisor", memoryMiB: 1024, programs: []string{"supervisor.test"},
 		run: "^TestDevice_(FitForMemoryPressure|DetachIsDurable|DetachByForceLeavesNoZombie|AllAndKeeperKilled)$"},

@@ -104,6 +104,9 @@ func runAll(ctx context.Context, c config) error {
 			return errors.Join(fmt.Errorf("kernel %s: %w", version, err), waitAll(&running, errs))
 		}
 		for j, m := range machines {
+			if m.once && i > 0 {
+				continue
+			}
 			running.Go(func() {
 				places <- struct{}{}
 				defer func() { <-places }()
