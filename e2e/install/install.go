@@ -96,7 +96,7 @@ func values(driverImage string) map[string]any {
 		"node":      map[string]any{"maxVolumes": MaxVolumes},
 		"controller": map[string]any{"leaderElection": map[string]any{
 			// A replica on a busy emulated processor is not to pass for gone.
-			"leaseDuration": "60s", "renewDeadline": "45s", "retryPeriod": "10s",
+			"leaseDuration": "40s", "renewDeadline": "30s", "retryPeriod": "8s",
 		}},
 		"storageClasses": []any{map[string]any{
 			"name": StorageClass, "default": true, "parameters": map[string]any{"store": StoreMain},
