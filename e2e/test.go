@@ -31,12 +31,16 @@ func start(ctx context.Context, p paths, dir string) (*cluster.Cluster, error) {
 		return nil, err
 	}
 	fmt.Fprintf(os.Stderr, "%6.1f s  all parts are there\n", time.Since(begun).Seconds())
-	c, err := cluster.Up(ctx, cluster.Config{Cache: p.cache, Dir: dir, Parts: made, Log: os.Stderr})
+	var installed error
+	c, err := cluster.Up(ctx, cluster.Config{
+		Cache: p.cache, Dir: dir, Parts: made, Log: os.Stderr,
+		Serving: func(ctx context.Context, c *cluster.Cluster) { installed = install.Chart(ctx, c, made.DriverImage) },
+	})
 	if err != nil {
 		return nil, err
 	}
-	if err := install.Chart(ctx, c, made.DriverImage); err != nil {
-		return c, err
+	if installed != nil {
+		return c, installed
 	}
 	fmt.Fprintf(os.Stderr, "%6.1f s  the driver is installed\n", time.Since(begun).Seconds())
 	return c, nil

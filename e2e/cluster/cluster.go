@@ -38,6 +38,10 @@ type Config struct {
 	// Parts are the programs and images, which have to stay while the cluster lives.
 	Parts *parts.Parts
 
+	// Serving is called when the API server takes objects and the NFS server runs, while the
+	// nodes start; Up returns after it. Nil is nothing to do.
+	Serving func(ctx context.Context, c *Cluster)
+
 	// Log gets a line for each step, with its time. Nil is nowhere.
 	Log io.Writer
 }

@@ -119,8 +119,8 @@ func (p *controlPlane) run(program string, args ...string) error {
 	return nil
 }
 
-// complete does what needs the API server, once it is ready, and waits for the nodes.
-func (p *controlPlane) complete(ctx context.Context, crds []string, log *steps) error {
+// serve does what needs the API server, once it is ready; then that takes all objects there are.
+func (p *controlPlane) serve(ctx context.Context, crds []string, log *steps) error {
 	if err := p.waitAPI(ctx); err != nil {
 		return err
 	}
@@ -128,10 +128,7 @@ func (p *controlPlane) complete(ctx context.Context, crds []string, log *steps) 
 	if err := p.startControllers(); err != nil {
 		return err
 	}
-	if err := p.snapshots(ctx, crds); err != nil {
-		return err
-	}
-	return p.waitNodes(ctx, log)
+	return p.snapshots(ctx, crds)
 }
 
 // snapshots installs the custom resources of snapshots and runs their controller.

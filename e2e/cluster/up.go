@@ -119,6 +119,7 @@ func (c *Cluster) start(ctx context.Context, config Config, log *steps) error {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	var powering sync.WaitGroup
+	nfs := make(chan struct{})
 	for _, m := range c.machines {
 		powering.Go(func() {
 			if err := errors.Join(m.makeFiles(ctx), m.PowerOn(ctx)); err != nil {
@@ -126,13 +127,30 @@ func (c *Cluster) start(ctx context.Context, config Config, log *steps) error {
 				return
 			}
 			log.done("%s has started", m.name)
+			if m.name == NFS {
+				close(nfs)
+			}
 		})
 	}
-	err = control.complete(ctx, config.Parts.SnapshotCRDs, log)
+	var serving sync.WaitGroup
+	err = control.serve(ctx, config.Parts.SnapshotCRDs, log)
+	if err == nil {
+		serving.Go(func() {
+			select {
+			case <-nfs:
+				if config.Serving != nil {
+					config.Serving(ctx, c)
+				}
+			case <-ctx.Done():
+			}
+		})
+		err = control.waitNodes(ctx, log)
+	}
 	if err != nil {
 		cancel(err) // machines that start need not go on
 	}
 	powering.Wait()
+	serving.Wait()
 	cause := context.Cause(ctx) // the first error of all
 	cancel(nil)
 	return cause

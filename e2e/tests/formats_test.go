@@ -46,7 +46,8 @@ func (e *env) check(dirs ...string) {
 done
 `, store, volume)
 	}
-	e.on(cluster.NodeB, fmt.Sprintf("guard=$(grep -lzx -e --guard /proc/[0-9]*/cmdline 2>/dev/null | head -n 1 | cut -d/ -f3)\nnsenter -t $guard -m sh -ec '%s'", script))
+	// The pattern is not to be found in the command line of its own search.
+	e.on(cluster.NodeB, fmt.Sprintf("guard=$(grep -lzx -e '--guar[d]' /proc/[0-9]*/cmdline 2>/dev/null | head -n 1 | cut -d/ -f3)\nnsenter -t $guard -m sh -ec '%s'", script))
 }
 
 // readWriteOncePod: a second pod on the same node waits until the first is gone.
