@@ -2,10 +2,11 @@
 // The environment variable IMGDISK_E2E names the directory of a cluster that is up and has
 // the chart installed (package install); without it all tests are skipped.
 //
-//	TestUse        what users do, many at once: formats, snapshots, imports, bad input
-//	TestMany       60 volumes at once
+//	TestUse        what users do, several at once: access modes, snapshots, imports, bad input
+//	TestMany       60 volumes at once, of all formats, from their making to their end
 //	TestProcesses  servers, node plugins and controllers killed and replaced under load
 //	TestNodes      nodes without power or network, a restarted NFS server
+//	TestUpstream   tests of Kubernetes' own storage suite
 //
 // Writers in pods (e2e/writer) check what they wrote; they are watched through the machines'
 // own channel, which works when the network does not. Tables of pauses and times are
