@@ -42,6 +42,10 @@ const (
 	// ublkRecoveryLimit is how long the kernel may take to be done with a dead server.
 	ublkRecoveryLimit = 30 * time.Second
 
+	// ublkAftermath is how long kernels before 6.16 are left to give back the commands of a
+	// dead server, which they do when they say already that they are done with it.
+	ublkAftermath = 100 * time.Millisecond
+
 	ublkNodeLimit = 10 * time.Second
 
 	// ublkMaxTries bounds the search for a free number.
@@ -310,7 +314,10 @@ func (t *ublkTransport) recover(ctx context.Context, st State, hooks Hooks) erro
 	if _, err := t.findStarted(ctx, st); err != nil {
 		return err
 	}
-	err := poll(ctx, ublkRecoveryLimit, func() (bool, error) { return t.beginRecovery(ctx, st) })
+	err := poll(ctx, ublkRecoveryLimit, func() (bool, error) { return t.quiesced(ctx, st) })
+	if err == nil {
+		err = poll(ctx, ublkRecoveryLimit, func() (bool, error) { return t.beginRecovery(ctx, st) })
+	}
 	if errors.Is(err, errPollTimeout) && ublkHasServer(st.Index) {
 		err = fmt.Errorf("the kernel is not done with the last server of %s: is it still there?: %w", st.Device, block.ErrBusy)
 	}
@@ -322,6 +329,27 @@ func (t *ublkTransport) recover(ctx context.Context, st State, hooks Hooks) erro
 	}
 	end := ublkCall{name: "END_USER_RECOVERY", number: ublkEndRecovery, dev: uint32(st.Index), data: uint64(os.Getpid())}
 	return ublkPIDError(end.around(ctx, func(ctx context.Context) error { return t.serve(ctx, st.Index, hooks) }))
+}
+
+// quiesced tells whether the driver is done with the last server. Before Linux 6.16 it says so
+// while it still walks through that server's commands: START_USER_RECOVERY, which forgets
+// them, makes it follow a null pointer then, and would come at just that moment if it
+// waited for the device's lock meanwhile.
+func (t *ublkTransport) quiesced(ctx context.Context, st State) (bool, error) {
+	info, err := t.findStarted(ctx, st)
+	if err != nil || info.State != ublkQuiesced {
+		return false, err
+	}
+	features, err := ublkFeatures(ctx)
+	if err != nil || features&ublkHasQuiesce != 0 {
+		return err == nil, err
+	}
+	select {
+	case <-time.After(ublkAftermath):
+		return true, nil
+	case <-ctx.Done():
+		return false, ctx.Err()
+	}
 }
 
 // beginRecovery makes the driver ready for a new server, once it is done with the last.
