@@ -36,7 +36,8 @@ func TestMany(t *testing.T) {
 	for _, node := range bothNodes {
 		e.running("first-" + node)
 	}
-	step("attached: 46 block devices and 14 new file systems in two pods that run")
+	fileSystems := 2 * len(formats)
+	step(fmt.Sprintf("attached: %d block devices and %d new file systems in two pods that run", many-fileSystems, fileSystems))
 	var sums []string
 	for _, node := range bothNodes {
 		sums = append(sums, e.sums("first-"+node, many/2)...)
