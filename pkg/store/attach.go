@@ -310,9 +310,10 @@ func (a *Attached) Close() error {
 	return a.closeErr
 }
 
-// lookOnceMore reads the record, and closes the fence if the volume is another's by now: after a store did not answer
-// for long, closing may be the first that gets through, and would shorten the image to what
-// this holder knows of it. One that cannot be read says nothing: the close goes on.
+// lookOnceMore reads the record, and closes the fence if the volume is another's by now: after
+// a store did not answer for long, closing may be the first that gets through, and would
+// shorten the image to what this holder knows of it. A record that cannot be read says
+// nothing: the close goes on.
 func (a *Attached) lookOnceMore() {
 	if a.opts.ReadOnly {
 		return
